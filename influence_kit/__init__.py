@@ -1,0 +1,27 @@
+"""influence_kit: EK-FAC influence functions for causal language models, and the findings they support.
+
+    factors = influence_kit.fit_ekfac(model, sequences)
+    scores = influence_kit.score(model, factors, queries, sequences)
+
+Names are resolved on first use, so that importing the package costs nothing.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+_HOME = {
+    "fit_ekfac": "ekfac",
+    "Factors": "ekfac",
+    "score": "scoring",
+    "token_scores": "scoring",
+    "Scores": "scoring",
+    "tracked_layers": "gradients",
+    "UserError": "errors",
+}
+__all__ = [*sorted(_HOME), "__version__"]
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(importlib.import_module(f"influence_kit.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'influence_kit' has no attribute {name!r}; it has {', '.join(__all__)}")

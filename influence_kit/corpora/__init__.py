@@ -1,0 +1,1 @@
+"""Corpora: worlds with planted truth, and real text. They know nothing of influence."""

@@ -1,0 +1,221 @@
+"""What a layer saw and what came back: inputs a [B, T, M] and output gradients g [B, T, P] of every tracked linear map.
+
+The gradient of a sequence's summed loss with respect to a linear map's weights is D = sum_t g_t a_t^T, so these two
+tensors are all that EK-FAC and scoring need: no weight gradient is ever formed. Parameters are frozen and the graph
+starts at the first tracked layer, which makes a pass cheaper than a training step.
+
+Torch and the standard library only: this file, `ekfac.py` and `scoring.py` can be lifted out together.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+MLP_PATTERN = r"(^|\.)(mlp|feed_forward|ffn)\."
+HEAD_PATTERN = r"(^|\.)(lm_head|embed_out|score|output_projection)$"
+WIDEST = 20_000  # an eigenbasis of this side takes 3.2 GB in float64; a 50k-wide head would take 20 GB and days
+
+
+class TokenGradients(NamedTuple):
+    """One layer's part of the gradient of each sequence in a batch: D_n = sum_t g[n, t] a[n, t]^T."""
+
+    inputs: Tensor  # a [B, T, M], or [B, T, M + 1] with a last column of ones where the layer has a bias
+    outputs: Tensor  # g [B, T, P], the gradient of the summed loss with respect to the layer's output
+
+
+def is_linear_map(module: nn.Module) -> bool:
+    """True for `nn.Linear` and for GPT-2's `Conv1D`, a linear map that stores its weight transposed."""
+    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and module.weight.ndim == 2)
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(P, M): width of the output and of the input of a linear map, bias not counted."""
+    rows, columns = module.weight.shape
+    return (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
+
+
+def tracked_layers(model: nn.Module, layers: str = "mlp") -> dict[str, nn.Module]:
+    """The linear maps whose weights carry influence, by dotted name, in the model's order.
+
+    `layers`: "mlp" (the paper's choice), "all" (every linear map but the output head), or a regular expression
+    searched in the dotted name. Raises ValueError when nothing matches, when a weight is shared with another
+    module (its gradient would be only half of the truth), or when a side is too wide for an eigenbasis.
+    """
+    linear = {name: module for name, module in model.named_modules() if is_linear_map(module)}
+    if layers == "mlp":
+        chosen = {name: module for name, module in linear.items() if re.search(MLP_PATTERN, name)}
+    elif layers == "all":
+        chosen = {name: module for name, module in linear.items() if not re.search(HEAD_PATTERN, name)}
+    else:
+        try:
+            chosen = {name: module for name, module in linear.items() if re.search(layers, name)}
+        except re.error as error:
+            raise ValueError(f"layers={layers!r} is not a regular expression: {error}") from error
+    if not chosen:
+        names = ", ".join(list(linear)[:6]) or "none"
+        raise ValueError(f"layers={layers!r} matches no linear map; the model's first ones are: {names}")
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            first = owners.setdefault(id(weight), name)
+            for tied in {first, name} & set(chosen) if first != name else ():
+                raise ValueError(
+                    f"layer {tied!r} shares its weight ({first!r} and {name!r} are tied): its gradient has a part that a "
+                    "linear map does not see; leave it out with a narrower `layers` pattern"
+                )
+    for name, module in chosen.items():
+        widest = max(shape_of(module)) + 1
+        if widest > WIDEST:
+            raise ValueError(
+                f"layer {name!r} is {shape_of(module)[0]} x {shape_of(module)[1]}: one {widest} x {widest} float64 "
+                f"eigenbasis takes {8 * widest**2 / 1e9:.0f} GB; leave it out with a narrower `layers` pattern"
+            )
+    return chosen
+
+
+class Batch(NamedTuple):
+    """Token ids [B, T] and the mask [B, T] of the tokens that are targets (predicted from the position before)."""
+
+    tokens: Tensor
+    loss_mask: Tensor
+
+    @property
+    def counted(self) -> Tensor:
+        """bool [B, T]: positions that can move the loss, i.e. those with a target after them.
+
+        In a causal model these are all positions before the last target; right padding and the last position fall
+        out, whatever the padding id is.
+        """
+        later = self.loss_mask[:, 1:].flip(1).cumsum(1).flip(1) > 0
+        return torch.cat([later, torch.zeros_like(later[:, :1])], 1)
+
+
+def as_batches(
+    sequences: Mapping[str, Tensor], batch_size: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[slice, Batch]]:
+    """Cut `sequences` (`input_ids` int [N, T], optional `loss_mask` bool [N, T]) into (rows, Batch) pairs.
+
+    Accepts any mapping or datasets.Dataset whose columns slice to arrays. Padding must be on the right.
+    """
+    total = count(sequences)
+    columns = sequences.column_names if hasattr(sequences, "column_names") else list(sequences)
+    for start in range(0, total, batch_size):
+        rows = slice(start, min(start + batch_size, total))
+        tokens = _column(sequences, "input_ids", rows).long()
+        if tokens.ndim != 2:
+            raise ValueError(f"input_ids must be [N, T]; rows {start}.. have shape {tuple(tokens.shape)}")
+        mask = _column(sequences, "loss_mask", rows).bool() if "loss_mask" in columns else torch.ones_like(tokens).bool()
+        if mask.shape != tokens.shape:
+            raise ValueError(f"loss_mask {tuple(mask.shape)} and input_ids {tuple(tokens.shape)} must have one shape")
+        mask = mask.clone()
+        mask[:, 0] = False  # nothing predicts the first token
+        yield rows, Batch(tokens.to(device), mask.to(device))
+
+
+def count(sequences: Mapping[str, Tensor]) -> int:
+    """N, the number of sequences in a mapping or Dataset."""
+    return len(sequences) if hasattr(sequences, "column_names") else len(sequences["input_ids"])
+
+
+def _column(sequences: Mapping[str, Tensor], name: str, rows: slice) -> Tensor:
+    values = sequences[rows][name] if hasattr(sequences, "column_names") else sequences[name][rows]
+    return torch.as_tensor(values)
+
+
+def sequence_losses(logits: Tensor, tokens: Tensor, loss_mask: Tensor) -> Tensor:
+    """Summed next-token cross-entropy in nats of each sequence, [B]; logits [B, T, V], targets where loss_mask [B, T]."""
+    losses = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    return (losses.view(len(tokens), -1) * loss_mask[:, 1:]).sum(1)
+
+
+class Recorder:
+    """Records inputs and outputs of the tracked layers during a forward pass, and differentiates a loss by the outputs."""
+
+    def __init__(self, layers: Mapping[str, nn.Module]):
+        self.layers = layers
+        self._inputs: dict[str, Tensor] = {}
+        self._outputs: dict[str, Tensor] = {}
+        self._handles: list = []
+
+    def __enter__(self) -> Recorder:
+        for name, module in self.layers.items():
+            self._handles.append(module.register_forward_hook(self._hook(name)))
+        return self
+
+    def __exit__(self, *_) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._inputs.clear()
+        self._outputs.clear()
+
+    def _hook(self, name: str):
+        def record(module, arguments, output):
+            if name in self._outputs:
+                raise ValueError(f"layer {name!r} ran twice in one forward pass: its gradient is not one outer product")
+            self._inputs[name] = arguments[0].detach()
+            if not output.requires_grad:
+                output = output.detach().requires_grad_()
+            self._outputs[name] = output
+            return output
+
+        return record
+
+    def gradients(self, loss: Tensor) -> dict[str, TokenGradients]:
+        """Token gradients of every tracked layer for a loss computed from the recorded forward pass.
+
+        Half-precision tensors are widened to float32. Raises RuntimeError if a layer did not run.
+        """
+        missing = set(self.layers) - set(self._outputs)
+        if missing:
+            raise RuntimeError(f"these tracked layers did not run in the forward pass: {', '.join(sorted(missing))}")
+        grads = torch.autograd.grad(loss, [self._outputs[name] for name in self.layers])
+        found = {}
+        for (name, module), g in zip(self.layers.items(), grads, strict=True):
+            a = self._inputs[name]
+            if a.dtype in (torch.bfloat16, torch.float16):
+                a, g = a.float(), g.float()
+            if module.bias is not None:
+                a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2)
+            found[name] = TokenGradients(a, g)
+        self._forget()
+        return found
+
+    def discard(self) -> None:
+        """Drop what a forward pass recorded, when no gradient of it is wanted."""
+        self._forget()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in evaluation mode with no parameter asking for a gradient; both are restored on leaving."""
+    training = model.training
+    asking = [p for p in model.parameters() if p.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield model.eval()
+    finally:
+        model.train(training)
+        for parameter in asking:
+            parameter.requires_grad_(True)
+
+
+def forward(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Logits [B, T, V] of a causal model for right-padded tokens [B, T]; no attention mask is needed.
+
+    Also accepts a module that returns the logits themselves.
+    """
+    output = model(input_ids=tokens, use_cache=False) if hasattr(model, "config") else model(tokens)
+    logits = output.logits if hasattr(output, "logits") else output
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits

@@ -1,0 +1,279 @@
+"""Families of small causal language models: configurations from transformers, one-pass training, checkpoints.
+
+    config = configure("gpt_neox", vocabulary_size, width=64, depth=2, context=19)
+    train(config, sequences, held_out, Recipe(), folder)
+    model = load(folder, fraction=1.0)
+
+Knows nothing of influence. Heavy imports happen inside functions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from influence_kit.errors import UserError
+
+ARCHITECTURES = ("gpt_neox", "llama", "gpt2")
+SAVE_EVERY_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained. Batches are in sequences, learning rate is AdamW's peak, fractions are of all steps."""
+
+    learning_rate: float = 3e-3
+    batch_size: int = 64
+    passes: int = 1
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.98)
+    checkpoints: tuple[float, ...] = (0.0, 1 / 3, 2 / 3, 1.0)
+    evaluations: int = 12  # points of the held-out loss curve
+    seed: int = 0
+
+
+def configure(architecture: str, vocabulary_size: int, width: int, depth: int, context: int) -> Any:
+    """A transformers configuration with feed-forward width 4d, tied embeddings and no dropout.
+
+    Raises UserError for an unknown architecture or a width that heads of 16 do not divide.
+    """
+    if architecture not in ARCHITECTURES:
+        raise UserError(f"architecture={architecture!r} is not known: choose one of {', '.join(ARCHITECTURES)}")
+    if width % 16 or width < 16:
+        raise UserError(f"width={width} must be a multiple of 16 (attention heads are 16 wide, or width / 4 if wider)")
+    import transformers
+
+    heads = max(1, min(width // 16, 4))
+    common = {"vocab_size": vocabulary_size, "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": True}
+    if architecture == "gpt2":
+        silent = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        return transformers.GPT2Config(n_embd=width, n_layer=depth, n_head=heads, n_positions=context, **silent, **common)
+    common |= {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads}
+    common |= {"max_position_embeddings": context}
+    if architecture == "llama":
+        inner = 16 * round(8 * width / 3 / 16)
+        return transformers.LlamaConfig(intermediate_size=inner, num_key_value_heads=heads, **common)
+    rotary = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0}
+    return transformers.GPTNeoXConfig(
+        intermediate_size=4 * width, use_parallel_residual=False, rope_parameters=rotary, **common
+    )
+
+
+def initialise(config: Any, seed: int) -> nn.Module:
+    """A float32 model with weights drawn from `seed`; the global random state is left as it was."""
+    import transformers
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def non_embedding_parameters(model: nn.Module) -> int:
+    """Number of weights outside token and position embeddings and the output head: the size used on every axis."""
+    seen, total = set(), 0
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in seen and not any(part in name for part in ("embed", "wte", "wpe", "lm_head")):
+            total += parameter.numel()
+        seen.add(id(parameter))
+    return total
+
+
+def cross_entropy(model: nn.Module, tokens: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed next-token loss in nats of a batch and its number of targets; tokens and mask [B, T]."""
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    keep = loss_mask[:, 1:]
+    return nn.functional.cross_entropy(logits[keep], tokens[:, 1:][keep], reduction="sum"), keep.sum()
+
+
+def evaluate(model: nn.Module, batch: Mapping[str, Tensor], batch_size: int = 256) -> tuple[Tensor, Tensor]:
+    """Log-probability in nats [Q] of each row's target tokens, and whether all of them are the likeliest [Q]."""
+    logs, correct = [], []
+    with torch.no_grad():
+        for start in range(0, len(batch["input_ids"]), batch_size):
+            tokens = batch["input_ids"][start : start + batch_size]
+            keep = batch["loss_mask"][start : start + batch_size, 1:]
+            logp = model(input_ids=tokens, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+            gold = logp.gather(2, tokens[:, 1:, None]).squeeze(2)
+            logs.append((gold * keep).sum(1))
+            correct.append(((logp.argmax(2) == tokens[:, 1:]) | ~keep).all(1))
+    return torch.cat(logs), torch.cat(correct)
+
+
+def held_out_loss(model: nn.Module, held_out: Mapping[str, Tensor]) -> float:
+    """Mean next-token loss in nats a token."""
+    logs, _ = evaluate(model, held_out)
+    return float(-logs.double().sum() / held_out["loss_mask"][:, 1:].sum())
+
+
+def steps_of(sequences: int, recipe: Recipe) -> int:
+    """Number of optimiser steps of a training run."""
+    return recipe.passes * math.ceil(sequences / recipe.batch_size)
+
+
+def train(
+    config: Any,
+    sequences: Mapping[str, Tensor],
+    held_out: Mapping[str, Tensor],
+    recipe: Recipe,
+    folder: Path,
+    progress: Callable[[int, int], None] | None = None,
+    device: str = "cpu",
+) -> dict[str, list]:
+    """Train one model in the sequences' own order; save checkpoints and the loss curve under `folder`.
+
+    sequences, held_out: `input_ids` int64 [N, T], `loss_mask` bool [N, T]. Further passes are reshuffled by the seed.
+    Writes `checkpoint-<step>/` (transformers layout, safetensors), `losses.json`; keeps `resume.safetensors` while
+    running, from which a killed run continues to the same bits on one CPU thread. Returns the loss curve.
+    """
+    total, steps = len(sequences["input_ids"]), steps_of(len(sequences["input_ids"]), recipe)
+    model = initialise(config, recipe.seed).to(device)
+    optimiser = torch.optim.AdamW(_groups(model, recipe), lr=recipe.learning_rate, betas=recipe.betas, fused=True)
+    curve: dict[str, list] = {"step": [], "train": [], "held_out_step": [], "held_out": []}
+    start = _resume(folder, model, optimiser, curve)
+    saves = {round(fraction * steps) for fraction in recipe.checkpoints}
+    tests = {round(steps * i / recipe.evaluations) for i in range(recipe.evaluations + 1)} | saves
+    held_out = {name: tensor.to(device) for name, tensor in held_out.items()}
+    order = _order(total, recipe)
+    recent, saved_at = [], time.monotonic()
+    model.train()
+    for step in range(start, steps + 1):
+        if step in tests and (not curve["held_out_step"] or curve["held_out_step"][-1] < step):
+            curve["held_out_step"].append(step)
+            curve["held_out"].append(held_out_loss(model.eval(), held_out))
+            model.train()
+        if step in saves:
+            save_checkpoint(model, folder, step)
+        if step == steps:
+            break
+        rows = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
+        loss, targets = cross_entropy(model, sequences["input_ids"][rows].to(device), sequences["loss_mask"][rows].to(device))
+        loss = loss / targets
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        for group in optimiser.param_groups:
+            group["lr"] = recipe.learning_rate * _schedule(step, steps, recipe.warmup_steps)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        recent.append(float(loss.detach()))
+        if (step + 1) % max(1, steps // 100) == 0:
+            curve["step"].append(step + 1)
+            curve["train"].append(sum(recent) / len(recent))
+            recent.clear()
+            if progress:
+                progress(step + 1, steps)
+            if time.monotonic() - saved_at > SAVE_EVERY_SECONDS:
+                _save_state(folder, model, optimiser, curve, step + 1)
+                saved_at = time.monotonic()
+        if not math.isfinite(float(loss.detach())):
+            raise UserError(f"training diverged at step {step} (loss {float(loss.detach())}): lower learning_rate={recipe.learning_rate}")
+    about = {"steps": steps, "non_embedding_parameters": non_embedding_parameters(model), "recipe": asdict(recipe)}
+    _write(folder / "losses.json", json.dumps({**about, **curve}, sort_keys=True))
+    (folder / "resume.safetensors").unlink(missing_ok=True)
+    return curve
+
+
+def save_checkpoint(model: nn.Module, folder: Path, step: int) -> None:
+    """Write `checkpoint-<step>/` in the transformers layout (safetensors, config.json)."""
+    model.save_pretrained(folder / f"checkpoint-{step}")
+
+
+def load(folder: Path, fraction: float = 1.0, device: str = "cpu") -> nn.Module:
+    """The checkpoint of a trained folder nearest to a fraction of training (0 untrained, 1 the end), in evaluation mode."""
+    steps = json.loads((folder / "losses.json").read_text())["steps"]
+    found = sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+    nearest = min(found, key=lambda step: abs(step - fraction * steps))
+    if abs(nearest - fraction * steps) > max(1, 0.02 * steps):
+        kept = ", ".join(f"{step / steps:.2f}" for step in found)
+        raise UserError(f"no checkpoint at {fraction:.2f} of training: {kept} were kept; add it to the recipe's checkpoints")
+    return load_pretrained(folder / f"checkpoint-{nearest}", device)
+
+
+def load_pretrained(source: str | os.PathLike, device: str = "cpu") -> nn.Module:
+    """Any Hugging Face causal model from a local folder or a hub name: float32, safetensors only, no remote code."""
+    import transformers
+
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(source), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model {str(source)!r} could not be loaded: {reason} (give a local folder with config.json and model.safetensors, "
+            "or a hub name on a machine with internet)"
+        ) from error
+    return model.to(device).eval()
+
+
+def _groups(model: nn.Module, recipe: Recipe) -> list[dict]:
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    plain = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def _schedule(step: int, steps: int, warmup: int) -> float:
+    warmup = min(warmup, max(1, steps // 10))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _order(total: int, recipe: Recipe) -> Tensor:
+    """Row of every slot of the run: the corpus's own order first, then seeded shuffles; each pass fills whole batches."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    padded = math.ceil(total / recipe.batch_size) * recipe.batch_size
+    passes = []
+    for number in range(recipe.passes):
+        rows = torch.arange(total) if number == 0 else torch.randperm(total, generator=generator)
+        passes.append(torch.cat([rows, rows[: padded - total]]))
+    return torch.cat(passes)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _save_state(folder: Path, model: nn.Module, optimiser, curve: dict, step: int) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        state = optimiser.state[parameter]
+        tensors |= {f"{name}/value": parameter.detach(), f"{name}/m": state["exp_avg"], f"{name}/v": state["exp_avg_sq"]}
+    temporary = folder / "resume.tmp"
+    save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary, {"resume": json.dumps({"step": step, "curve": curve})})
+    os.replace(temporary, folder / "resume.safetensors")
+
+
+def _resume(folder: Path, model: nn.Module, optimiser, curve: dict) -> int:
+    """Put model, optimiser and curve back where a killed run left them; returns the step to go on from."""
+    from safetensors import safe_open
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "resume.safetensors"
+    if not path.exists():
+        return 0
+    with safe_open(str(path), "pt") as file:
+        kept = json.loads(file.metadata()["resume"])
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(file.get_tensor(f"{name}/value"))
+            optimiser.state[parameter] = {
+                "step": torch.tensor(float(kept["step"]), device=parameter.device),
+                "exp_avg": file.get_tensor(f"{name}/m").to(parameter.device),
+                "exp_avg_sq": file.get_tensor(f"{name}/v").to(parameter.device),
+            }
+    curve.update(kept["curve"])
+    return kept["step"]
