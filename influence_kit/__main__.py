@@ -1,0 +1,8 @@
+"""`python -m influence_kit`: see `python -m influence_kit --help`."""
+
+import sys
+
+from influence_kit.pipeline.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Numbers from scores: tails, lifts, ranks, intervals, verdicts."""

@@ -1,0 +1,297 @@
+"""Verdicts: what a claim's interval says of it, and whether a figure's table came out as committed.
+
+A claim is confirmed when its whole interval satisfies the rule, refuted when the whole interval violates it, and
+undecided otherwise. What is written holds no clock and no path, so equal results give equal bytes.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from influence_kit.errors import UserError
+from influence_kit.measures.intervals import Estimate
+
+if TYPE_CHECKING:
+    import pandas
+
+STATUSES = ("confirmed", "refuted", "undecided")
+KINDS = ("claim", "gate", "control")
+FIGURE_STATUSES = ("reproduced", "differs", "new")
+FEWEST_SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One row of the verdict table.
+
+    Attributes:
+        id: unique name. chapter: stem of the notebook that makes it.
+        claim: the sentence that is tested. paper: the paper's number or words.
+        measured: our number in `unit`. interval: its ends.
+        status: confirmed, refuted or undecided. reason: why it is undecided; empty otherwise.
+        kind: "claim"; "gate" (must pass before a claim is read) or "control" (its answer is known beforehand).
+        seeds: labels of the seeds used. rule: the criterion, in words.
+    """
+
+    id: str
+    chapter: str
+    claim: str
+    paper: str | float
+    measured: float
+    interval: tuple[float, float]
+    status: str
+    kind: str
+    seeds: tuple
+    unit: str
+    rule: str
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("status", STATUSES), ("kind", KINDS)):
+            if (given := getattr(self, name)) not in allowed:
+                raise UserError(f"Claim {self.id!r} has {name} {given!r}; use one of {', '.join(allowed)}.")
+
+    @classmethod
+    def from_estimate(
+        cls,
+        id: str,
+        chapter: str,
+        claim: str,
+        paper: str | float,
+        estimate: Estimate,
+        unit: str,
+        kind: str = "claim",
+        gates: Sequence["Claim"] = (),
+        **thresholds: float | None,
+    ) -> "Claim":
+        """A claim judged from its estimate; `thresholds` are those of `judge`."""
+        status, reason = judge(estimate, kind=kind, gates=gates, **thresholds)
+        rule = describe_rule(**thresholds)
+        if gates:
+            rule += f"; read only if {', '.join(gate.id for gate in gates)} passed"
+        measured = (estimate.value, estimate.interval)
+        return cls(id, chapter, claim, paper, *measured, status, kind, estimate.seeds, unit, rule, reason)
+
+
+def _thresholds(confirm_above, confirm_below, refute_below, refute_above) -> tuple[float | None, float | None]:
+    """Where refutation starts below and above, after checking that the rule makes sense."""
+    if confirm_above is None and confirm_below is None:
+        raise UserError("A rule needs confirm_above, confirm_below or both.")
+    refute_below = confirm_above if refute_below is None else refute_below
+    refute_above = confirm_below if refute_above is None else refute_above
+    for refute, confirm, contradicts in (
+        (refute_below, confirm_above, np.greater),
+        (refute_above, confirm_below, np.less),
+    ):
+        if refute is not None and confirm is not None and contradicts(refute, confirm):
+            raise UserError(f"The rule refutes at {refute:g} what it confirms from {confirm:g}; mend the thresholds.")
+    return refute_below, refute_above
+
+
+def describe_rule(
+    confirm_above: float | None = None,
+    confirm_below: float | None = None,
+    refute_below: float | None = None,
+    refute_above: float | None = None,
+) -> str:
+    """The criterion of `judge` in words, for the `rule` column.
+
+    Raises:
+        UserError: no threshold, or thresholds that contradict each other.
+    """
+    refute_below, refute_above = _thresholds(confirm_above, confirm_below, refute_below, refute_above)
+
+    def words(below: float | None, above: float | None, joint: str, at: str = "") -> str:
+        return joint.join(f"{at}{side} {x:g}" for side, x in (("above", above), ("below", below)) if x is not None)
+
+    confirmed = words(confirm_below, confirm_above, " and ")
+    refuted = words(refute_below, refute_above, " or ", "at or ")
+    return f"confirmed if the whole interval lies {confirmed}; refuted if it lies {refuted}"
+
+
+def judge(
+    estimate: Estimate,
+    confirm_above: float | None = None,
+    confirm_below: float | None = None,
+    refute_below: float | None = None,
+    refute_above: float | None = None,
+    kind: str = "claim",
+    gates: Sequence[Claim] = (),
+) -> tuple[str, str]:
+    """Status of an estimate under a rule, and why it is undecided if it is.
+
+    Confirmed: low > `confirm_above` and high < `confirm_below` (whichever are given). Refuted: high <= `refute_below`
+    or low >= `refute_above`, by default the thresholds of confirmation; give wider ones to leave a band undecided. A
+    claim from fewer than 3 seeds stays undecided whatever its interval, because that interval knows nothing of other
+    seeds; gates and controls are judged all the same, since they speak of the run at hand.
+
+    Args:
+        gates: claims that must be confirmed before this one is read.
+
+    Returns:
+        (status, reason); the reason is empty unless the status is "undecided".
+
+    Raises:
+        UserError: no threshold, or thresholds that contradict each other.
+    """
+    refute_below, refute_above = _thresholds(confirm_above, confirm_below, refute_below, refute_above)
+    low, high = estimate.interval
+    if any(math.isnan(x) for x in (estimate.value, low, high)):
+        return "undecided", "no number"
+    closed = [gate for gate in gates if gate.status != "confirmed"]
+    if closed:
+        return "undecided", "; ".join(f"gate {gate.id} is {gate.status}" for gate in closed)
+    if kind == "claim" and len(estimate.seeds) < FEWEST_SEEDS:
+        return "undecided", f"<{FEWEST_SEEDS} seeds"
+    if (confirm_above is None or low > confirm_above) and (confirm_below is None or high < confirm_below):
+        return "confirmed", ""
+    if (refute_below is not None and high <= refute_below) or (refute_above is not None and low >= refute_above):
+        return "refuted", ""
+    return "undecided", "the interval reaches over the threshold"
+
+
+def _plain(value):
+    """JSON without nan, and floats to 9 significant digits, so that rounding noise changes no byte."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    if isinstance(value, (float, np.floating)):
+        return float(f"{value:.9g}") if math.isfinite(value) else None
+    return value
+
+
+def write_json(path, content) -> None:
+    """Write JSON with sorted keys, floats at 9 significant digits and nan as null; equal content gives equal bytes."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_plain(content), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)  # a reader sees the old file or the new one, never half
+
+
+def merge(*chapters: Iterable[Claim]) -> list[Claim]:
+    """Claims of several chapters in one list, by chapter and id.
+
+    Raises:
+        UserError: two claims share an id.
+    """
+    claims = sorted((claim for chapter in chapters for claim in chapter), key=lambda claim: (claim.chapter, claim.id))
+    seen: dict[str, str] = {}
+    for claim in claims:
+        if claim.id in seen:
+            raise UserError(f"Claim {claim.id!r} is made in {seen[claim.id]!r} and in {claim.chapter!r}; rename one.")
+        seen[claim.id] = claim.chapter
+    return claims
+
+
+def write_verdicts(path, claims: Iterable[Claim], figures: Iterable[dict] = ()) -> None:
+    """Write `{"claims": [...], "figures": [{"name", "status", ...}]}`, sorted by chapter and id, and by name.
+
+    Raises:
+        UserError: two claims share an id, or a figure's status is unknown.
+    """
+    figures = sorted(figures, key=lambda figure: figure["name"])
+    for figure in figures:
+        if (status := figure["status"]) not in FIGURE_STATUSES:
+            raise UserError(
+                f"Figure {figure['name']!r} has status {status!r}; use one of {', '.join(FIGURE_STATUSES)}."
+            )
+    write_json(path, {"claims": [asdict(claim) for claim in merge(claims)], "figures": figures})
+
+
+def read_verdicts(path) -> tuple[list[Claim], list[dict]]:
+    """Claims and figures of a file that `write_verdicts` wrote; null numbers come back as nan."""
+
+    def number(value):
+        return math.nan if value is None else value
+
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    claims = []
+    for row in content["claims"]:
+        row |= {"measured": number(row["measured"]), "interval": tuple(number(x) for x in row["interval"])}
+        claims.append(Claim(**row | {"seeds": tuple(row["seeds"])}))
+    return claims, content["figures"]
+
+
+def verdict_table_markdown(claims: Iterable[Claim]) -> str:
+    """The verdict table as GitHub Markdown, one line a claim, by chapter and id."""
+
+    def cell(text) -> str:
+        return " ".join(str(text).replace("|", "\\|").split())
+
+    header = ("chapter", "claim", "paper", "measured [95 % interval]", "seeds", "verdict")
+    rows = [header, ("---",) * len(header)]
+    for claim in merge(claims):
+        measured = f"{Estimate(claim.measured, *claim.interval, 0)} {claim.unit}"
+        paper = f"{claim.paper:g}" if isinstance(claim.paper, (int, float)) else claim.paper
+        verdict = f"*{claim.status}*" + (f" ({claim.reason})" if claim.reason else "")
+        sentence = claim.claim if claim.kind == "claim" else f"{claim.kind}: {claim.claim}"
+        rows.append((claim.chapter, sentence, paper, measured, len(claim.seeds), verdict))
+    return "".join(f"| {' | '.join(map(cell, row))} |\n" for row in rows)
+
+
+def summarise_table(table: "pandas.DataFrame") -> dict:
+    """What a figure's table must keep: `{"rows": n, "columns": {name: {"mean", "sd", "n"}}}` of its numeric columns.
+
+    sd is the population's; nan and infinite entries are left out and lower n.
+    """
+    columns = {}
+    for name in table.columns:
+        column = table[name]
+        if column.dtype.kind not in "biuf":
+            continue
+        values = column.to_numpy(dtype=float)
+        values = values[np.isfinite(values)]
+        mean, sd = (float(values.mean()), float(values.std())) if values.size else (math.nan, math.nan)
+        columns[str(name)] = {"mean": mean, "sd": sd, "n": int(values.size)}
+    return {"rows": len(table), "columns": columns}
+
+
+def expectation(summary: dict, rtol: float = 0.05, sd_share: float = 0.25) -> dict:
+    """A summary as it is committed: with the tolerances that later runs are compared under."""
+    return {**summary, "rtol": rtol, "sd_share": sd_share}
+
+
+def compare(
+    summary: dict, expected: dict | None, rtol: float | None = None, sd_share: float | None = None
+) -> tuple[str, list[str]]:
+    """Whether a figure's table came out as committed, and which columns did not.
+
+    A column is reproduced when its mean and its sd lie within max(rtol |mean|, sd_share sd, 1e-9) of the expected
+    ones: the sd too, because a scrambled column can keep its mean. Another number of rows counts as the column "rows".
+
+    Args:
+        summary: of `summarise_table`.
+        expected: of `expectation`, read from the committed file; None when the figure has none yet.
+        rtol: tolerance relative to the mean; the one in `expected` by default.
+        sd_share: tolerance relative to the spread; the one in `expected` by default.
+
+    Returns:
+        (status, columns): status "reproduced", "differs" or "new".
+    """
+    if expected is None:
+        return "new", []
+    rtol = expected["rtol"] if rtol is None else rtol
+    sd_share = expected["sd_share"] if sd_share is None else sd_share
+    differing = ["rows"] if summary["rows"] != expected["rows"] else []
+    for name in sorted(set(summary["columns"]) | set(expected["columns"])):
+        now, then = summary["columns"].get(name), expected["columns"].get(name)
+        if now is None or then is None or bool(now["n"]) != bool(then["n"]):
+            differing.append(name)
+        elif then["n"]:
+            tolerance = max(rtol * abs(then["mean"]), sd_share * then["sd"], 1e-9)
+            if max(abs(now["mean"] - then["mean"]), abs(now["sd"] - then["sd"])) > tolerance:
+                differing.append(name)
+    return ("differs" if differing else "reproduced"), differing

@@ -1,0 +1,255 @@
+"""What a notebook works with: the models of its profile, ready to read, and a place for its figures and claims."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from influence_kit.corpora.world import World, batch_of
+from influence_kit.pipeline import grid
+from influence_kit.pipeline.cache import Stage, ensure
+from influence_kit.pipeline.fingerprint import versions
+from influence_kit.pipeline.machine import repository, threads
+from influence_kit.pipeline.profiles import load_profile
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+    from torch import nn
+
+    from influence_kit.ekfac import Factors
+    from influence_kit.measures.intervals import Estimate
+    from influence_kit.measures.verdicts import Claim
+    from influence_kit.reading.cards import Card
+    from influence_kit.reading.style import SavedFigure
+    from influence_kit.scoring import Scores
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The scores of one checkpoint: `scores.values` [Q, N]; rows [N] and queries [Q] are positions in the world's tables."""
+
+    scores: Scores
+    rows: np.ndarray
+    queries: np.ndarray
+
+    @property
+    def raw(self) -> np.ndarray:
+        """Influence in nats at epsilon = 1, [Q, N]."""
+        return self.scores.values.numpy()
+
+    @property
+    def relatif(self) -> np.ndarray:
+        """RelatIF: influence divided by the training sequence's own norm, [Q, N]."""
+        return self.scores.relatif.numpy()
+
+    @property
+    def cosine(self) -> np.ndarray:
+        """EK-FAC cosine, [Q, N]."""
+        return self.scores.cosine.numpy()
+
+
+@lru_cache(maxsize=4)
+def _world(folder: Path) -> World:
+    return World.load(folder)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained model of the grid and everything known of it; computed on first use, then read from the cache."""
+
+    trained: grid.Trained
+
+    def __getattr__(self, name: str):
+        if name in ("corpus", "arm", "seed"):
+            return getattr(self.trained, name)
+        raise AttributeError(f"Run has no attribute {name!r}")
+
+    @property
+    def width(self) -> int:
+        """Width of the model."""
+        return self.trained.size.width
+
+    @property
+    def fractions(self) -> list[float]:
+        """The fractions of training at which this model is scored."""
+        return sorted(self.trained.influence)
+
+    @property
+    def world(self) -> World:
+        """The corpus it was trained on."""
+        return _world(ensure(self.trained.world))
+
+    @cached_property
+    def losses(self) -> dict:
+        """steps, non_embedding_parameters, and the curves: step, train, held_out_step, held_out (nats a token)."""
+        return json.loads((ensure(self.trained.model) / "losses.json").read_text())
+
+    @property
+    def parameters(self) -> int:
+        """Weights outside embeddings and head: the size on every axis."""
+        return self.losses["non_embedding_parameters"]
+
+    @cached_property
+    def answers(self) -> pandas.DataFrame:
+        """Every query at every kept checkpoint: fraction, log_p (nats), correct, and the query's planted columns."""
+        import pandas
+
+        answers = pandas.read_parquet(ensure(self.trained.model) / "answers.parquet")
+        planted = self.world.queries.drop_columns(["input_ids", "loss_mask"]).to_pandas()
+        answers["fraction"] = answers["step"] / self.losses["steps"]
+        return answers.join(planted, on="query")
+
+    def held_out_loss(self, fraction: float = 1.0) -> float:
+        """Mean loss in nats a token on sequences never trained on, at a kept checkpoint."""
+        steps = np.array(self.losses["held_out_step"])
+        return self.losses["held_out"][int(np.abs(steps - fraction * self.losses["steps"]).argmin())]
+
+    def scan(self, fraction: float = 1.0) -> Scan:
+        """The influence scores at a fraction of training."""
+        from safetensors.torch import load_file
+
+        from influence_kit.scoring import Scores
+
+        found = load_file(ensure(self.trained.influence[fraction]) / "scores.safetensors")
+        size = self.world.sequences.num_rows
+        scores = Scores(found["values"], found["self_influence"], found["query_norm"], (), size)
+        return Scan(scores, found["rows"].numpy(), found["queries"].numpy())
+
+    def model(self, fraction: float = 1.0) -> nn.Module:
+        """The model at a kept checkpoint."""
+        from influence_kit.models import load
+
+        return load(ensure(self.trained.model), fraction)
+
+    def factors(self, fraction: float = 1.0) -> Factors:
+        """The EK-FAC factors that the scan used."""
+        from influence_kit.ekfac import Factors
+
+        return Factors.load(ensure(self.trained.influence[fraction]) / "factors.safetensors")
+
+    def card(self, query: int, k: int = 5, fraction: float = 1.0, title: str = "") -> Card:
+        """Token card of one scored query (a position in the scan): k most and least influential sequences, shaded by token."""
+        from influence_kit.measures.lexical import bm25
+        from influence_kit.reading.cards import Row, query_card
+        from influence_kit.scoring import token_scores
+
+        scan, world = self.scan(fraction), self.world
+        asked = int(scan.queries[query])
+        ranked = [*scan.scores.top(k, query), *scan.scores.bottom(k, query)]
+        positions = [row.sequence for row in ranked]
+        chosen = batch_of(world.sequences, scan.rows[positions])
+        with threads(1, True):
+            damping = self.trained.influence[fraction].parameters["damping"]
+            tokens = token_scores(self.model(fraction), self.factors(fraction), batch_of(world.queries, [asked]), chosen, damping)
+        about = world.sequences.select(["language"] + (["kind"] if "kind" in world.sequences.column_names else []))
+        texts, asked_text = _kept(batch_of(world.sequences, scan.rows)), _kept(batch_of(world.queries, [asked]))
+        lexical = np.argsort(np.argsort(-bm25(asked_text, texts)[0], kind="stable"), kind="stable") + 1
+        order = np.argsort(np.argsort(-scan.raw[query], kind="stable"), kind="stable") + 1
+        rows = []
+        for place, row in enumerate(ranked):
+            length = int(chosen["loss_mask"][place].nonzero().max()) + 1
+            facts = {name: about[name][int(scan.rows[row.sequence])].as_py() for name in about.column_names}
+            rows.append(
+                Row(
+                    world.pieces(chosen["input_ids"][place, :length].tolist()),
+                    row.score,
+                    int(order[row.sequence]),
+                    row.nats_per_copy,
+                    100 * (1 - (order[row.sequence] - 1) / len(order)),
+                    language_name(facts["language"]),
+                    facts.get("kind", ""),
+                    int(lexical[row.sequence]),
+                    tokens[place, :length].tolist(),
+                )
+            )
+        batch = batch_of(world.queries, [asked])
+        ids, mask = batch["input_ids"][0], batch["loss_mask"][0]
+        start, end = int(mask.nonzero().min()), int(mask.nonzero().max()) + 1
+        pieces = world.pieces(ids[:end].tolist())
+        joiner = " " if world.vocabulary else ""
+        return query_card(pieces[1:start], pieces[start:], rows, k=k, title=title, joiner=joiner, alignment="predicted")
+
+
+def language_name(code: int | str) -> str:
+    """A reader's word for a world's language code."""
+    names = {0: "first language", 1: "second language", -1: "no language"}
+    names |= {"en-us": "English", "de": "German", "ko": "Korean", "tr": "Turkish", "zh-cn": "Chinese"}
+    return names.get(code, str(code))
+
+
+def _kept(batch: dict) -> list[list[int]]:
+    """Token ids of each row up to its last target, without the first (a document's start)."""
+    lengths = [int(mask.nonzero().max()) + 1 for mask in batch["loss_mask"]]
+    return [row[1:length].tolist() for row, length in zip(batch["input_ids"], lengths, strict=True)]
+
+
+class Chapter:
+    """A notebook's own place: `atlas(...)` and `text(...)` give models, `figure` and `claim` keep what it found.
+
+    name: the notebook's stem; profile and seeds as on the command line. Files go where INFLUENCE_KIT_FIGURES says (set
+    by run_all.sh), else to figures/scratch/.
+    """
+
+    def __init__(self, name: str, profile: str = "laptop", seeds: list[int] | None = None):
+        self.name = name
+        self.profile = load_profile(profile, seeds, os.environ.get("INFLUENCE_KIT_WITHOUT_REAL_TEXT") != "1")
+        chosen = os.environ.get("INFLUENCE_KIT_FIGURES")
+        self.folder = Path(chosen) if chosen else (repository() or Path.cwd()) / "figures" / "scratch"
+        self.claims: list[Claim] = []
+        self._stages: dict[str, Stage] = {}
+
+    def atlas(self, *arms: str, **choice) -> list[Run]:
+        """Models trained on Atlas: `arms` ("base" by default), and `fractions`, `widths`, `seeds` to narrow the grid."""
+        return self._runs(grid.atlas_grid(self.profile, arms or ("base",), **choice))
+
+    def text(self, **choice) -> list[Run]:
+        """Models trained on real text; an empty list in a run without it."""
+        return self._runs(grid.text_grid(self.profile, **choice))
+
+    def _runs(self, trained: list[grid.Trained]) -> list[Run]:
+        self._stages |= {stage.fingerprint: stage for one in trained for stage in one.stages}
+        return [Run(one) for one in trained]
+
+    @property
+    def provenance(self) -> dict:
+        """What every figure and table carries: profile, seeds, versions, fingerprints of the stages behind it; no clock."""
+        from influence_kit import __version__
+
+        about = {"kit": __version__, "chapter": self.name, "profile": self.profile.name, "seeds": list(self.profile.seeds)}
+        about["versions"] = versions(("torch", "transformers", "numpy", "matplotlib"))
+        return about | {"stages": sorted(fingerprint[:16] for fingerprint in self._stages)}
+
+    def figure(self, fig: Figure, name: str, table: pandas.DataFrame, alt: str) -> SavedFigure:
+        """Keep a figure as PNG and SVG with the table behind it; as a cell's last value it shows itself."""
+        from matplotlib import pyplot
+
+        from influence_kit.reading.style import save_figure
+
+        saved = save_figure(fig, self.folder, name, table, alt, self.provenance)
+        pyplot.close(fig)
+        return saved
+
+    def claim(self, id: str, claim: str, paper: str, estimate: Estimate, unit: str = "", kind: str = "claim", gates=(), **rule) -> Claim:
+        """Judge an estimate by a rule fixed beforehand (`confirm_above`, `confirm_below`, …) and keep the verdict."""
+        from influence_kit.measures.verdicts import Claim, write_json
+
+        made = Claim.from_estimate(id, self.name, claim, paper, estimate, unit, kind, gates, **rule)
+        self.claims = [old for old in self.claims if old.id != id] + [made]
+        (self.folder / "claims").mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "claims" / f"{self.name}.json", [asdict(one) for one in self.claims])
+        return made
+
+    def verdicts(self):
+        """The chapter's verdict table, for the end of a notebook."""
+        from IPython.display import Markdown
+
+        from influence_kit.measures.verdicts import verdict_table_markdown
+
+        return Markdown(verdict_table_markdown(self.claims))

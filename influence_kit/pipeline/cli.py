@@ -1,0 +1,238 @@
+"""The command line: run, stages, test, doctor. Exit codes: 0 done, 1 a stage failed, 2 yours to mend, 130 Ctrl-C, 137 memory."""
+
+import errno
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from influence_kit.errors import UserError
+from influence_kit.pipeline.machine import repository, say
+from influence_kit.pipeline.run import RunFailed, clock
+
+# Options that take several values: `--only 03 05` means `--only 03 --only 05`.
+SEVERAL = ("--only", "--seeds", "--force")
+
+app = typer.Typer(
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+    help="Influence functions for language models: train, fit, score, and execute every chapter.",
+)
+Profile = Annotated[str, typer.Option(help="smoke, laptop, gpu or hub.")]
+Only = Annotated[list[str], typer.Option(metavar="CHAPTER…", help="These chapters: 03, or 03_heavy_tails.")]
+Seeds = Annotated[list[str], typer.Option(metavar="SEED…", help="These seeds instead of the profile's: 0,1,2.")]
+ShowPlan = Annotated[bool, typer.Option("--plan", help="Show what would be done, and its cost; do nothing.")]
+Force = Annotated[list[str], typer.Option(metavar="STAGE|all", help="Make again: a kind of stage, a chapter, or all.")]
+Jobs = Annotated[int | None, typer.Option(min=1, help="Processes at the same time (default: the cores).")]
+WithoutRealText = Annotated[bool, typer.Option("--without-real-text", help="Leave out what needs downloaded text.")]
+Verify = Annotated[bool, typer.Option("--verify", help="Hash every cached file, not only those that changed.")]
+
+
+def split(values: Iterable[str]) -> list[str]:
+    """The words of options that may be repeated, or hold several between commas."""
+    return [word for value in values for word in value.replace(",", " ").split()]
+
+
+def select(wanted: Sequence[str], chapters: Sequence[str]) -> list[str]:
+    """Chapters by number or name, in their own order. Raises UserError for an unknown one, listing all."""
+    chosen = set()
+    for word in wanted:
+        stem = word.removesuffix(".ipynb").rpartition("/")[2]
+        found = [chapter for chapter in chapters if stem in (chapter, chapter.split("_")[0], chapter.partition("_")[2])]
+        if not found:
+            raise UserError(f"unknown chapter {word!r}; there are {', '.join(chapters)}")
+        chosen.update(found)
+    return [chapter for chapter in chapters if chapter in chosen or not wanted]
+
+
+def _seeds(words: Sequence[str]) -> list[int] | None:
+    try:
+        return [int(word) for word in words] or None
+    except ValueError:
+        raise UserError(f"--seeds takes whole numbers (0,1,2), not {' '.join(words)!r}") from None
+
+
+def _assignments(words: Sequence[str]) -> dict[str, str]:
+    wrong = [word for word in words if not word.partition("=")[1]]
+    if wrong:
+        raise UserError(f"-p takes NAME=VALUE, not {wrong[0]!r}")
+    return {name: value for name, _, value in (word.partition("=") for word in words)}
+
+
+def _load(name: str, seeds: list[int] | None, without_real_text: bool):
+    from influence_kit.pipeline.profiles import load_profile
+
+    return load_profile(name, seeds=seeds, **({"real_text": False} if without_real_text else {}))
+
+
+def _check_force(names: Sequence[str], stages: Iterable, chapters: Sequence[str]) -> set[str]:
+    """What --force names, chapters by their full name. Raises UserError for what no stage is."""
+    stages = list(stages)
+    below = [stage for stage in stages]
+    kinds = {"all"}
+    while below:
+        stage = below.pop()
+        kinds |= {stage.kind, stage.label}
+        below += stage.inputs.values()
+    forced = set()
+    for name in names:
+        found = {name} & kinds or set(select([name], chapters) if any(name in c for c in chapters) else ()) & kinds
+        if not found:
+            listed = sorted({stage.kind for stage in stages} | {"all"})
+            raise UserError(f"--force knows no {name!r}; it takes {', '.join(listed)}, or a chapter")
+        forced |= found
+    return forced
+
+
+@app.command()
+def run(
+    profile: Profile = "laptop",
+    only: Only = [],  # noqa: B006  (typer reads it, nothing writes it)
+    seeds: Seeds = [],  # noqa: B006
+    plan: ShowPlan = False,
+    force: Force = [],  # noqa: B006
+    jobs: Jobs = None,
+    without_real_text: WithoutRealText = False,
+    update_expected: Annotated[
+        bool, typer.Option("--update-expected", help="Make this run's tables what later runs are compared with.")
+    ] = False,
+    parameter: Annotated[
+        list[str], typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="A chapter's parameter.")
+    ] = [],  # noqa: B006
+    verify: Verify = False,
+) -> None:
+    """Make every stage, execute every chapter, write figures/<profile>/ and the verdicts."""
+    from influence_kit.pipeline import notebooks
+    from influence_kit.pipeline.grid import CHAPTERS, CHECKS, stages_for
+    from influence_kit.pipeline.publish import publish, verdict_table
+
+    settings = _load(profile, _seeds(split(seeds)), without_real_text)
+    chapters = select(split(only), CHAPTERS)
+    paths = [notebooks.notebooks_folder() / f"{chapter}.ipynb" for chapter in chapters]
+    always: dict[str, object] = {"profile": profile}
+    if numbers := _seeds(split(seeds)):
+        always["seeds"] = numbers
+    if without_real_text:
+        always["real_text"] = False
+    chosen = notebooks.chosen_parameters(paths, _assignments(parameter), always)
+    content = settings.model_dump(mode="json")
+    executions = [
+        notebooks.chapter_stage(path, chosen[path.stem], content, stages_for(settings, path.stem)) for path in paths
+    ]
+    stages = [stage for execution in executions for stage in execution.inputs.values()] + executions
+    began = time.monotonic()
+    made = _make(stages, plan, split(force), CHAPTERS, jobs, verify, CHECKS)
+    if made is None:
+        return
+    folder = notebooks.notebooks_folder().parent / "figures" / profile
+    claims, figures = publish(folder, executions, update_expected)
+    print(verdict_table(claims, figures))
+    print(f"{made} made, {len({s.fingerprint for s in stages}) - made} from the cache, in {clock(time.monotonic() - began)}; see {folder}")
+
+
+@app.command()
+def stages(
+    profile: Profile = "laptop",
+    only: Only = [],  # noqa: B006
+    seeds: Seeds = [],  # noqa: B006
+    plan: ShowPlan = False,
+    force: Force = [],  # noqa: B006
+    jobs: Jobs = None,
+    without_real_text: WithoutRealText = False,
+    verify: Verify = False,
+) -> None:
+    """Make the stages alone, without notebooks: for a machine whose cache folder is carried back afterwards."""
+    from influence_kit.pipeline.grid import CHAPTERS, CHECKS, stages_for
+
+    settings = _load(profile, _seeds(split(seeds)), without_real_text)
+    chapters = select(split(only), CHAPTERS)
+    wanted = [stage for chapter in chapters for stage in stages_for(settings, chapter)]
+    made = _make(wanted, plan, split(force), CHAPTERS, jobs, verify, CHECKS)
+    if made is not None:
+        print(f"{made} stages made")
+
+
+def _make(stages: list, show: bool, force: list[str], chapters: list[str], jobs: int | None, verify: bool, checks) -> int | None:
+    """Show the plan (then None), or check and carry it out: how many stages were made."""
+    from influence_kit.pipeline import plan as planning
+    from influence_kit.pipeline.run import make_all
+
+    forced = _check_force(force, stages, chapters)
+    plan = planning.plan(stages, jobs, forced, verify)
+    if show:
+        print(planning.describe(plan))
+        return None
+    planning.preflight(plan, checks)
+    if plan.todo:
+        say(f"{len(plan.todo)} stages to make, about {clock(plan.seconds)} on {plan.jobs} processes")
+    return len(make_all(plan.todo, jobs, forced))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def test(context: typer.Context) -> None:
+    """Run the test suite; everything after `test` goes to pytest."""
+    root = repository()
+    if root is None or not (root / "tests").is_dir():
+        raise UserError("no tests/ beside the package: clone the repository and run ./run_all.sh test there")
+    os.chdir(root)
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "pytest", *context.args])
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has and lacks, each with its remedy."""
+    from influence_kit.pipeline import doctor
+
+    doctor.main([])
+
+
+def unfold(arguments: Sequence[str]) -> list[str]:
+    """Give each value of an option that takes several its own option: `--only 03 05` -> `--only 03 --only 05`."""
+    unfolded: list[str] = []
+    option = ""
+    for word in arguments:
+        if word.startswith("-"):
+            option = word if word in SEVERAL else ""
+            count = 0
+        elif option:
+            unfolded += [option] if count else []
+            count += 1
+        unfolded.append(word)
+    return unfolded
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; every foreseeable end is one line on stderr and an exit code (see the module's first line)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # Inherited by every process of the run: the order of sets of strings, and threads that tokenizers would start.
+    os.environ.setdefault("PYTHONHASHSEED", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(words if words[:1] == ["test"] else unfold(words), prog_name="influence-kit", standalone_mode=False)
+    except typer.TyperException as error:
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        say(f"error: {message} (see --help)")
+        return 2
+    except UserError as error:
+        say(f"error: {error}")
+        return 2
+    except RunFailed as failure:
+        say(f"error: {failure}")
+        return failure.exit_code
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = Path(error.filename).parent if error.filename else Path.cwd()
+        say(f"error: no space left in {place}: free some there, then run again (finished stages are kept)")
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        say("interrupted; finished stages are kept, and unfinished ones go on from where they saved themselves")
+        return 130
+    return 0

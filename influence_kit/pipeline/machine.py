@@ -1,0 +1,141 @@
+"""What the machine offers (cores, memory, disk) and what a process takes of it; standard library only."""
+
+import importlib
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def repository() -> Path | None:
+    """The checkout that this package is part of, or None where it was installed without one."""
+    folder = Path(__file__).resolve().parents[2]
+    return folder if (folder / "pyproject.toml").is_file() else None
+
+
+def cache_root() -> Path:
+    """INFLUENCE_KIT_CACHE; else `.cache/influence_kit` of the checkout the package runs from; else the user's cache."""
+    if chosen := os.environ.get("INFLUENCE_KIT_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    if checkout := repository():
+        return checkout / ".cache" / "influence_kit"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "influence_kit"
+
+
+def say(message: str) -> None:
+    """One line for the person at the terminal; never into a notebook's outputs, where it would differ between runs."""
+    print(message, file=sys.__stderr__, flush=True)
+
+
+def _limits(name: str) -> list[str]:
+    """The words of a control-group file, in either generation's place; [] where there is none."""
+    for path in (Path("/sys/fs/cgroup", name), Path("/sys/fs/cgroup/memory", name)):
+        try:
+            return path.read_text().split()
+        except OSError:
+            continue
+    return []
+
+
+def cores() -> int:
+    """Processors this process may use: its affinity, within its container's quota; at least 1."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _limits("cpu.max")
+    if len(quota) == 2 and quota[0] != "max":
+        available = min(available, max(1, int(quota[0]) // int(quota[1])))
+    return max(1, available)
+
+
+def total_memory() -> int:
+    """Bytes of memory of the machine, or of the container where that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [int(words[0]) for name in ("memory.max", "memory.limit_in_bytes") if (words := _limits(name)) and words[0] != "max"]
+    return min([total, *limits])
+
+
+def free_memory() -> int:
+    """Bytes of memory that new processes can take (Linux); elsewhere the total."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        free = total_memory()
+    used = _limits("memory.current") or _limits("memory.usage_in_bytes")
+    return min(free, total_memory() - int(used[0])) if used and total_memory() > int(used[0]) else free
+
+
+def free_disk(folder: Path) -> int:
+    """Free bytes on the disk that holds this folder, or will hold it once made."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory` count from now on, where the system can (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not Linux, or not allowed: the peak is then that of the whole process
+        pass
+
+
+def peak_memory() -> int:
+    """The process's largest resident size in bytes since `reset_peak_memory` (Linux) or since its start."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextmanager
+def threads(count: int, with_torch: bool) -> Iterator[None]:
+    """Compute with exactly `count` threads: the order of sums, and so the last bit, depends on it."""
+    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(count)))
+    torch = importlib.import_module("torch") if with_torch else None
+    usual = torch.get_num_threads() if torch else 0
+    try:
+        if torch:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        if torch:
+            torch.set_num_threads(usual)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@cache
+def commit() -> str | None:
+    """The checkout's commit, with "+changes" when it holds more than that; None outside a git checkout."""
+    folder = repository()
+    if folder is None:
+        return None
+
+    def git(*words: str) -> str:
+        answer = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True)
+        return answer.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def circumstances() -> dict:
+    """Where something was made: never part of a fingerprint, kept for `provenance.json`."""
+    return {"peak_memory_bytes": peak_memory(), "host": platform.node(), "commit": commit()}

@@ -1,0 +1,164 @@
+"""Verdicts: rules, seeds and gates, byte-stable files, the Markdown table, reproduced figures."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from influence_kit.errors import UserError
+from influence_kit.measures import verdicts
+from influence_kit.measures.intervals import Estimate
+from influence_kit.measures.verdicts import Claim, judge
+
+
+def estimate(low: float, high: float, seeds: int = 3) -> Estimate:
+    return Estimate((low + high) / 2, low, high, 100, tuple(range(seeds)))
+
+
+def claim(id: str = "lift-large", low: float = 2.0, high: float = 3.0, **changes) -> Claim:
+    given = {"chapter": "04_abstraction", "claim": "meaning beats words", "paper": "theme at 52B", "unit": "ratio"}
+    given |= {"confirm_above": 1.0} | changes
+    return Claim.from_estimate(id=id, estimate=estimate(low, high, given.pop("seeds", 3)), **given)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "rule", "status"),
+    [
+        (2.1, 3.0, {"confirm_above": 2}, "confirmed"),
+        (1.9, 3.0, {"confirm_above": 2}, "undecided"),
+        (1.0, 1.9, {"confirm_above": 2}, "refuted"),
+        (0.0, 0.0, {"confirm_above": 0}, "refuted"),
+        (1.0, 1.9, {"confirm_above": 2, "refute_below": 1}, "undecided"),
+        (0.2, 0.9, {"confirm_above": 2, "refute_below": 1}, "refuted"),
+        (0.1, 0.2, {"confirm_below": 0.3}, "confirmed"),
+        (0.3, 0.4, {"confirm_below": 0.3}, "refuted"),
+        (0.3, 0.4, {"confirm_below": 0.3, "refute_above": 0.5}, "undecided"),
+        (-0.1, 0.1, {"confirm_above": -0.2, "confirm_below": 0.2}, "confirmed"),
+        (-0.3, 0.1, {"confirm_above": -0.2, "confirm_below": 0.2}, "undecided"),
+        (0.3, 0.4, {"confirm_above": -0.2, "confirm_below": 0.2}, "refuted"),
+        (math.nan, math.nan, {"confirm_above": 0}, "undecided"),
+    ],
+)
+def test_rules(low, high, rule, status):
+    assert judge(estimate(low, high), **rule)[0] == status
+
+
+def test_fewer_than_three_seeds_decide_gates_but_not_claims():
+    assert judge(estimate(2, 3, seeds=2), confirm_above=1) == ("undecided", "<3 seeds")
+    for kind in ("gate", "control"):
+        assert judge(estimate(2, 3, seeds=1), confirm_above=1, kind=kind) == ("confirmed", "")
+
+
+def test_a_closed_gate_leaves_the_claim_undecided():
+    gate = claim("gate-accuracy", 0.1, 0.2, confirm_above=0.5, kind="gate")
+    judged = claim(gates=[gate])
+    assert gate.status == "refuted" and judged.status == "undecided"
+    assert judged.reason == "gate gate-accuracy is refuted" and "gate-accuracy" in judged.rule
+    assert claim(gates=[claim("open", kind="gate")]).status == "confirmed"
+
+
+def test_rule_in_words():
+    assert (
+        claim(refute_below=0.5).rule
+        == "confirmed if the whole interval lies above 1; refuted if it lies at or below 0.5"
+    )
+    both = verdicts.describe_rule(confirm_above=-0.2, confirm_below=0.2)
+    assert both.endswith("above -0.2 and below 0.2; refuted if it lies at or above 0.2 or at or below -0.2")
+
+
+def test_rules_that_cannot_be():
+    with pytest.raises(UserError, match="needs confirm_above"):
+        judge(estimate(1, 2))
+    with pytest.raises(UserError, match="refutes at 3"):
+        judge(estimate(1, 2), confirm_above=2, refute_below=3)
+    with pytest.raises(UserError, match="refutes at 0.1"):
+        judge(estimate(1, 2), confirm_below=0.2, refute_above=0.1)
+    with pytest.raises(UserError, match="'proved'"):
+        Claim("a", "b", "c", "d", 1.0, (0.0, 2.0), "proved", "claim", (), "nats", "")
+
+
+def test_file_is_sorted_stable_and_read_back(tmp_path):
+    noisy = claim("b-noise", np.float64(2.0) * (1 + 1e-13), 3.0)
+    nothing = claim("a-none", math.nan, math.nan, seeds=1)
+    figures = [{"name": "tails", "status": "reproduced"}, {"name": "ladder", "status": "differs", "columns": ["lift"]}]
+    verdicts.write_verdicts(tmp_path / "one.json", [noisy, nothing], figures)
+    verdicts.write_verdicts(tmp_path / "two.json", [nothing, claim("b-noise")], figures[::-1])
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.json", "two.json"]
+    content = json.loads((tmp_path / "one.json").read_text())
+    assert [row["id"] for row in content["claims"]] == ["a-none", "b-noise"]
+    assert [figure["name"] for figure in content["figures"]] == ["ladder", "tails"]
+    assert content["claims"][0]["measured"] is None and content["claims"][1]["interval"] == [2.0, 3.0]
+    claims, read_figures = verdicts.read_verdicts(tmp_path / "one.json")
+    assert claims[1] == claim("b-noise") and math.isnan(claims[0].measured) and read_figures == content["figures"]
+
+
+def test_small_numbers_are_kept_in_the_file(tmp_path):
+    verdicts.write_json(tmp_path / "x.json", {"nats": 1.23456789012e-7, "n": np.int64(3), "ok": np.bool_(True)})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"nats": 1.23456789e-7, "n": 3, "ok": True}
+
+
+def test_merge_refuses_two_claims_of_one_id():
+    assert [c.id for c in verdicts.merge([claim("b")], [claim("a")])] == ["a", "b"]
+    with pytest.raises(UserError, match="'a' is made in '03_x' and in '04_abstraction'"):
+        verdicts.merge([claim("a")], [claim("a", chapter="03_x")])
+
+
+def test_unknown_figure_status_is_refused(tmp_path):
+    with pytest.raises(UserError, match="'same'"):
+        verdicts.write_verdicts(tmp_path / "x.json", [], [{"name": "tails", "status": "same"}])
+
+
+def test_markdown_table():
+    table = verdicts.verdict_table_markdown(
+        [claim(paper=0.38, claim="a | b"), claim("gate", low=0.2, high=0.4, kind="gate", confirm_above=0.3)]
+    )
+    lines = table.splitlines()
+    assert lines[2] == (
+        "| 04_abstraction | gate: meaning beats words | theme at 52B | 0.30 [0.20, 0.40] ratio | 3 "
+        "| *undecided* (the interval reaches over the threshold) |"
+    )
+    assert lines[3] == "| 04_abstraction | a \\| b | 0.38 | 2.5 [2.0, 3.0] ratio | 3 | *confirmed* |"
+
+
+def table(scale: float = 1.0, n: int = 200) -> pd.DataFrame:
+    lift = np.random.default_rng(0).gamma(2, 1, n)
+    return pd.DataFrame({"lift": lift * scale, "tier": ["T2"] * n, "hit": lift > 2, "rank": np.arange(n)})
+
+
+def test_summary_of_a_table():
+    frame = pd.DataFrame({"x": [1.0, 3.0, np.nan, np.inf], "name": list("abcd"), "empty": [np.nan] * 4})
+    summary = verdicts.summarise_table(frame)
+    assert summary["rows"] == 4 and summary["columns"]["x"] == {"mean": 2.0, "sd": 1.0, "n": 2}
+    assert sorted(summary["columns"]) == ["empty", "x"] and summary["columns"]["empty"]["n"] == 0
+
+
+def test_figures_are_compared_under_the_committed_tolerances(tmp_path):
+    expected = verdicts.expectation(verdicts.summarise_table(table()), rtol=0.05, sd_share=0.1)
+    verdicts.write_json(tmp_path / "expected.json", expected)
+    expected = json.loads((tmp_path / "expected.json").read_text())
+    assert verdicts.compare(verdicts.summarise_table(table()), expected) == ("reproduced", [])
+    assert verdicts.compare(verdicts.summarise_table(table(1.02)), expected) == ("reproduced", [])
+    assert verdicts.compare(verdicts.summarise_table(table(1.3)), expected) == ("differs", ["lift"])
+    assert verdicts.compare(verdicts.summarise_table(table(1.3)), expected, rtol=0.5) == ("reproduced", [])
+    assert verdicts.compare(verdicts.summarise_table(table()), None) == ("new", [])
+
+
+def test_rows_columns_and_spread_count_as_differences():
+    summary = verdicts.summarise_table(table())
+    expected = verdicts.expectation(summary)
+    assert verdicts.compare(summary | {"rows": 199}, expected) == ("differs", ["rows"])
+    assert verdicts.compare(verdicts.summarise_table(table().drop(columns="hit")), expected) == ("differs", ["hit"])
+    flat = table().assign(lift=lambda t: t["lift"].mean())
+    assert verdicts.compare(verdicts.summarise_table(flat), expected) == ("differs", ["lift"])
+    gone = table().assign(lift=np.nan)
+    assert verdicts.compare(verdicts.summarise_table(gone), expected) == ("differs", ["lift"])
+
+
+def test_a_column_without_values_reproduces_itself(tmp_path):
+    frame = pd.DataFrame({"empty": [np.nan] * 3})
+    verdicts.write_json(tmp_path / "e.json", verdicts.expectation(verdicts.summarise_table(frame)))
+    expected = json.loads((tmp_path / "e.json").read_text())
+    assert verdicts.compare(verdicts.summarise_table(frame), expected) == ("reproduced", [])

@@ -1,0 +1,141 @@
+"""Cards show hostile text as text, keep every number, and have a PNG twin that says the same."""
+
+import base64
+import io
+from html.parser import HTMLParser
+
+import numpy
+import pytest
+from PIL import Image
+
+from influence_kit.errors import UserError
+from influence_kit.reading.cards import Row, crop, direction, query_card, side_by_side, spans, visible, write_card
+from influence_kit.reading.style import NEGATIVE, POSITIVE
+
+HOSTILE = [
+    '<img src=x onerror="alert(1)">',
+    '" onmouseover="alert(2)',
+    "' style='x",
+    "</style><script>",
+    "&lt;",
+    "\u202eabc",
+]
+
+
+def row(score=1.0, pieces=("shut", " down", " now"), scores=None, **facts) -> Row:
+    scores = [score / len(pieces)] * len(pieces) if scores is None else scores
+    return Row(list(pieces), score, facts.pop("rank", 1), token_scores=scores, **facts)
+
+
+def card(*rows, **options):
+    return query_card(["Will", " you"], [" stop"], rows or [row(), row(-2.0, rank=9)], **options)
+
+
+class Markup(HTMLParser):
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags, self.attributes, self.text = set(), set(), ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes.update(name for name, _ in attrs)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_nothing_from_the_data_becomes_markup():
+    evil = row(pieces=HOSTILE, language='"><script>', source="<b onclick=1>")
+    shown = query_card(HOSTILE, HOSTILE, [evil], title="<script>alert(3)</script>")
+    for html in (shown.html, side_by_side([shown, shown]).html, shown._repr_mimebundle_()[0]["text/html"]):
+        markup = Markup(html)
+        assert markup.tags <= {"div", "style", "h4", "h5", "p", "b", "span", "details", "summary", "img"}
+        assert markup.attributes <= {"class", "dir", "title", "style", "alt", "src"}
+        assert html.count("</style>") == 1 and "<script" not in html
+        assert '<img src=x onerror="alert(1)">' in markup.text  # shown as text, whole
+
+
+def test_controls_and_direction_overrides_are_visible():
+    for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200B, 0x200E, 0xFEFF, 0x2028, 0xD800):
+        assert visible(f"a{chr(code)}b") == f"a⟨U+{code:04X}⟩b"
+    assert visible("a\nb\tc\x00\x1b\x7f") == "a↵ b⇥ c␀␛␡" and visible("می\u200cخواهم") == "می\u200cخواهم"
+    shown = card(row(pieces=["user\u202e", "\u2066txt.exe"], language="\u202e"), title="\u202e")
+    assert not set(shown.html + shown.alt) & set("\u202e\u2066") and shown.png
+
+
+def test_direction_follows_the_letters():
+    arabic = card(row(pieces=["قال", " النموذج", " GPT"]))
+    assert 'dir="rtl"><span class="p20" title="+0.333">قال</span>' in arabic.html
+    assert direction("שלום abc") == "rtl" and direction("123") == direction("한국") == "ltr"
+
+
+def test_alignment_moves_scores_one_token():
+    scored = row(scores=[1.0, -2.0, 0.0])
+    assert spans(scored) == [("shut", 1.0), (" down", -2.0), (" now", 0.0)]
+    assert spans(scored, "predicted") == [("shut", 0.0), (" down", 1.0), (" now", -2.0)]
+    assert "predicted" in card(scored, alignment="predicted").legend
+    with pytest.raises(UserError, match="sideways"):
+        card(alignment="sideways")
+
+
+def test_split_characters_padding_and_joiner():
+    split = row(pieces=["한".encode()[:2], "한".encode()[2:], b" x"], scores=[1.0, 2.0, 4.0])
+    assert spans(split) == [("한", 3.0), (" x", 4.0)]
+    padded = row(pieces=["a"] + ["<pad>"] * 9, scores=[1.0] + [0.5] * 9)
+    assert spans(padded) == [("a", 1.0), ("⟨<pad> ×9⟩", 4.5)]
+    assert spans(row(pieces=["a", "b"]), joiner=" ") == [("a", 0.5), (" b", 0.5)]
+
+
+def test_scale_is_symmetric_clipped_and_said():
+    scores = numpy.full(1000, 0.01)
+    scores[3], scores[500] = 5.0, -5.0
+    shown = card(row(pieces=["x"] * 1000, scores=scores))
+    assert shown.clip == pytest.approx(0.01) and "clipped at ±0.01 nats (2 of 1000 tokens beyond)" in shown.html
+    assert 'class="p20" title="+5"' in shown.html and "whole sequence, 1000 tokens" in shown.html
+    start = crop(spans(shown.top[0]), 64)[1]
+    assert len(start) == 65 and (max(start, key=lambda s: s[1]))[1] == 5.0
+    small, large = side_by_side([card(row(0.001)), card(row(1.0))]).cards
+    assert small.scale == large.scale and 'class="p20"' not in small.html.split("nats")[-1]
+
+
+def test_top_and_bottom_by_sign_and_no_number_lost():
+    rows = [row(score, rank=i + 1, nats_per_copy=score / 8e4, percentile=99.9987, bm25_rank=7, language="Turkish",
+                source="news") for i, score in enumerate((9.0, 3.0, 1.0, -2.0, -4.0))]  # fmt: skip
+    shown = card(*rows[::-1], k=2)
+    assert [r.rank for r in shown.top] == [1, 2] and [r.rank for r in shown.bottom] == [5, 4]
+    for text in (shown.html, shown.alt):
+        assert "+0.000112 nats per copy (raw +9)" in text and "-2.5e-5 nats per copy (raw -2)" in text
+        assert "percentile 99.9987 · Turkish · news · BM25 rank 7 · longest shared run 0 tokens" in text
+    overlapping = row(pieces=["x", "Will", " you", "y"], scores=[0.0, 8.0, 0.0, 1.0])
+    assert "longest shared run 2 tokens · sparse" in card(overlapping).html
+    with pytest.raises(UserError, match="above or below 0"):
+        card(row(0.0))
+    with pytest.raises(UserError, match="2 token scores for 3 pieces"):
+        assert card(row(scores=[1.0, 2.0])).html
+
+
+def test_png_twin_is_stable_sized_and_coloured():
+    rows = [row(1.0, pieces=["$x^2$ ", "{\\frac} "] * 40), row(-1.0, pieces=["קטן", " والنموذج", " GPT"] * 30, rank=8)]
+    first, second = card(*rows), card(*rows)
+    assert first.png == second.png
+    image = Image.open(io.BytesIO(first.png))
+    assert image.size[0] == 1350 and 250 < image.size[1] < 900 and image.info["Description"] == first.alt
+    pixels = numpy.asarray(image.convert("RGB")).astype(int)
+    for colour in (POSITIVE, NEGATIVE):
+        wanted = numpy.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+        assert (abs(0.4 * 255 + 0.6 * wanted - pixels).max(-1) < 14).sum() > 1000  # shade at alpha .6
+    assert (pixels[:, -10:] == 255).all()  # no text runs over the edge
+    columns = side_by_side([first, second])
+    assert Image.open(io.BytesIO(columns.png)).size[0] == (1120 + 20) * 1.5
+
+
+def test_notebook_bundle_and_files(tmp_path):
+    shown = card()
+    data, metadata = shown._repr_mimebundle_()
+    assert base64.b64decode(data["image/png"]) == shown.png and metadata["image/png"]["alt"] == shown.alt
+    assert (
+        data["text/html"].startswith('<img style="display:none" alt="Token card.') and shown.html in data["text/html"]
+    )
+    files = write_card(shown, tmp_path, "card")
+    assert open(files["png"], "rb").read() == shown.png and shown.html in open(files["html"], encoding="utf-8").read()
