@@ -111,7 +111,9 @@ def as_batches(
         tokens = _column(sequences, "input_ids", rows).long()
         if tokens.ndim != 2:
             raise ValueError(f"input_ids must be [N, T]; rows {start}.. have shape {tuple(tokens.shape)}")
-        mask = _column(sequences, "loss_mask", rows).bool() if "loss_mask" in columns else torch.ones_like(tokens).bool()
+        mask = (
+            _column(sequences, "loss_mask", rows).bool() if "loss_mask" in columns else torch.ones_like(tokens).bool()
+        )
         if mask.shape != tokens.shape:
             raise ValueError(f"loss_mask {tuple(mask.shape)} and input_ids {tuple(tokens.shape)} must have one shape")
         mask = mask.clone()

@@ -43,6 +43,14 @@ class Recipe:
     seed: int = 0
 
 
+def _transformers():
+    """transformers without its progress bars: they would end up in executed notebooks."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
 def configure(architecture: str, vocabulary_size: int, width: int, depth: int, context: int) -> Any:
     """A transformers configuration with feed-forward width 4d, tied embeddings and no dropout.
 
@@ -52,13 +60,14 @@ def configure(architecture: str, vocabulary_size: int, width: int, depth: int, c
         raise UserError(f"architecture={architecture!r} is not known: choose one of {', '.join(ARCHITECTURES)}")
     if width % 16 or width < 16:
         raise UserError(f"width={width} must be a multiple of 16 (attention heads are 16 wide, or width / 4 if wider)")
-    import transformers
-
+    transformers = _transformers()
     heads = max(1, min(width // 16, 4))
     common = {"vocab_size": vocabulary_size, "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": True}
     if architecture == "gpt2":
         silent = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        return transformers.GPT2Config(n_embd=width, n_layer=depth, n_head=heads, n_positions=context, **silent, **common)
+        return transformers.GPT2Config(
+            n_embd=width, n_layer=depth, n_head=heads, n_positions=context, **silent, **common
+        )
     common |= {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads}
     common |= {"max_position_embeddings": context}
     if architecture == "llama":
@@ -72,8 +81,7 @@ def configure(architecture: str, vocabulary_size: int, width: int, depth: int, c
 
 def initialise(config: Any, seed: int) -> nn.Module:
     """A float32 model with weights drawn from `seed`; the global random state is left as it was."""
-    import transformers
-
+    transformers = _transformers()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return transformers.AutoModelForCausalLM.from_config(config)
@@ -157,7 +165,9 @@ def train(
         if step == steps:
             break
         rows = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-        loss, targets = cross_entropy(model, sequences["input_ids"][rows].to(device), sequences["loss_mask"][rows].to(device))
+        loss, targets = cross_entropy(
+            model, sequences["input_ids"][rows].to(device), sequences["loss_mask"][rows].to(device)
+        )
         loss = loss / targets
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
@@ -176,7 +186,9 @@ def train(
                 _save_state(folder, model, optimiser, curve, step + 1)
                 saved_at = time.monotonic()
         if not math.isfinite(float(loss.detach())):
-            raise UserError(f"training diverged at step {step} (loss {float(loss.detach())}): lower learning_rate={recipe.learning_rate}")
+            raise UserError(
+                f"training diverged at step {step} (loss {float(loss.detach())}): lower learning_rate={recipe.learning_rate}"
+            )
     about = {"steps": steps, "non_embedding_parameters": non_embedding_parameters(model), "recipe": asdict(recipe)}
     _write(folder / "losses.json", json.dumps({**about, **curve}, sort_keys=True))
     (folder / "resume.safetensors").unlink(missing_ok=True)
@@ -195,14 +207,15 @@ def load(folder: Path, fraction: float = 1.0, device: str = "cpu") -> nn.Module:
     nearest = min(found, key=lambda step: abs(step - fraction * steps))
     if abs(nearest - fraction * steps) > max(1, 0.02 * steps):
         kept = ", ".join(f"{step / steps:.2f}" for step in found)
-        raise UserError(f"no checkpoint at {fraction:.2f} of training: {kept} were kept; add it to the recipe's checkpoints")
+        raise UserError(
+            f"no checkpoint at {fraction:.2f} of training: {kept} were kept; add it to the recipe's checkpoints"
+        )
     return load_pretrained(folder / f"checkpoint-{nearest}", device)
 
 
 def load_pretrained(source: str | os.PathLike, device: str = "cpu") -> nn.Module:
     """Any Hugging Face causal model from a local folder or a hub name: float32, safetensors only, no remote code."""
-    import transformers
-
+    transformers = _transformers()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             str(source), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
@@ -252,9 +265,17 @@ def _save_state(folder: Path, model: nn.Module, optimiser, curve: dict, step: in
     tensors = {}
     for name, parameter in model.named_parameters():
         state = optimiser.state[parameter]
-        tensors |= {f"{name}/value": parameter.detach(), f"{name}/m": state["exp_avg"], f"{name}/v": state["exp_avg_sq"]}
+        tensors |= {
+            f"{name}/value": parameter.detach(),
+            f"{name}/m": state["exp_avg"],
+            f"{name}/v": state["exp_avg_sq"],
+        }
     temporary = folder / "resume.tmp"
-    save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary, {"resume": json.dumps({"step": step, "curve": curve})})
+    save_file(
+        {n: t.cpu().contiguous() for n, t in tensors.items()},
+        temporary,
+        {"resume": json.dumps({"step": step, "curve": curve})},
+    )
     os.replace(temporary, folder / "resume.safetensors")
 
 

@@ -186,11 +186,15 @@ def _chosen(model: nn.Module, factors: Factors) -> dict[str, nn.Module]:
         p, m = shape_of(modules[name])
         expected = (p, m + (modules[name].bias is not None))
         if tuple(layer.eigenvalues.shape) != expected:
-            raise ValueError(f"layer {name!r}: factors are {tuple(layer.eigenvalues.shape)}, the model's are {expected}")
+            raise ValueError(
+                f"layer {name!r}: factors are {tuple(layer.eigenvalues.shape)}, the model's are {expected}"
+            )
     return {name: modules[name] for name in factors.layers}
 
 
-def _query_directions(model, factors, chosen, queries, damping, batch_size) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _query_directions(
+    model, factors, chosen, queries, damping, batch_size
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Per layer: whitened query gradients phi_q [Q, P M'], and directions (G + lambda)^-1 grad in the eigenbasis [Q, P M'].
 
     Signs: both gradients are of losses, i.e. of -log p, so the product equals that of log-probability gradients.
@@ -201,7 +205,9 @@ def _query_directions(model, factors, chosen, queries, damping, batch_size) -> t
         for rows, batch in as_batches(queries, batch_size, next(model.parameters()).device):
             empty = ~batch.loss_mask.any(1)
             if empty.any():
-                raise ValueError(f"query {rows.start + int(empty.nonzero()[0])} has no target token: its loss_mask is empty")
+                raise ValueError(
+                    f"query {rows.start + int(empty.nonzero()[0])} has no target token: its loss_mask is empty"
+                )
             losses = sequence_losses(forward(model, batch.tokens), batch.tokens, batch.loss_mask)
             for name, gradients in recorder.gradients(losses.sum()).items():
                 whitened[name].append((factors.layers[name].sequence_gradients(gradients) / roots[name]).flatten(1))

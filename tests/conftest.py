@@ -17,7 +17,9 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def tiny_model(architecture: str, width: int = 16, depth: int = 2, vocabulary: int = 29, context: int = 24, dtype=torch.float64):
+def tiny_model(
+    architecture: str, width: int = 16, depth: int = 2, vocabulary: int = 29, context: int = 24, dtype=torch.float64
+):
     """A random model far from uniform: weights scaled up, biases drawn."""
     from influence_kit.models import configure, initialise
 

@@ -64,7 +64,10 @@ def test_ekfac_is_the_exact_block_for_one_token_and_constant_input():
     layer = factors.layers["mlp.up"]
     full = torch.kron(layer.Q_S, layer.Q_A)
     ours = full @ torch.diag(layer.eigenvalues.flatten()) @ full.T
-    grads = torch.eye(5, dtype=torch.float64)[factors.labels[:, 1]] - forward(model, data["input_ids"])[:, 0].softmax(-1).detach()
+    grads = (
+        torch.eye(5, dtype=torch.float64)[factors.labels[:, 1]]
+        - forward(model, data["input_ids"])[:, 0].softmax(-1).detach()
+    )
     a = torch.cat([model.x, torch.ones(1, dtype=torch.float64)])
     rows = torch.einsum("np,m->npm", grads, a).flatten(1)
     torch.testing.assert_close(ours, rows.T @ rows / len(rows), rtol=1e-9, atol=1e-12)
@@ -91,7 +94,9 @@ def test_permuting_the_sequences_with_their_labels_changes_nothing():
     order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
     again = fit_ekfac(model, {n: t[order] for n, t in data.items()}, labels=factors.labels[order], batch_size=5)
     for name in factors.layers:
-        torch.testing.assert_close(factors.layers[name].eigenvalues, again.layers[name].eigenvalues, rtol=1e-6, atol=1e-14)
+        torch.testing.assert_close(
+            factors.layers[name].eigenvalues, again.layers[name].eigenvalues, rtol=1e-6, atol=1e-14
+        )
     assert again.details["labels"] == "given"
 
 

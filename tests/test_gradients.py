@@ -5,7 +5,16 @@ import torch
 from conftest import ARCHITECTURES, random_sequences, tiny_model
 from torch import nn
 
-from influence_kit.gradients import Batch, Recorder, as_batches, forward, frozen, sequence_losses, shape_of, tracked_layers
+from influence_kit.gradients import (
+    Batch,
+    Recorder,
+    as_batches,
+    forward,
+    frozen,
+    sequence_losses,
+    shape_of,
+    tracked_layers,
+)
 
 
 def weight_gradient(model, layer, tokens, mask):

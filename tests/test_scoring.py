@@ -121,7 +121,9 @@ def test_influences_cancel_where_the_training_gradient_vanishes():
 
     model, data = Bigram(), random_sequences(40, length=8, vocabulary=6)
     before = _imbalance(model, data)
-    optimiser = torch.optim.LBFGS(model.mlp.parameters(), max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS(
+        model.mlp.parameters(), max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe"
+    )
 
     def closure():
         optimiser.zero_grad()

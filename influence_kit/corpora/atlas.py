@@ -139,14 +139,32 @@ def build(world: Atlas) -> World:
 
 def supporters(world: World, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """bool [Q, N] twice: sequences that state each query's fact in the query's language, and in the other language."""
+    states, same, other, _ = _relations(world, rows)
+    return states & same, states & other
+
+
+def namesakes(world: World, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """bool [Q, N] twice: sequences about the query's entity that do not state its fact, in the same and the other language.
+
+    The matched contrast to `supporters`: where names are shared, both share the entity's name with the query and nothing else
+    across languages, so only the meaning tells them apart.
+    """
+    states, same, other, about = _relations(world, rows)
+    return about & ~states & same, about & ~states & other
+
+
+def _relations(world: World, rows: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     table = world.sequences if rows is None else world.sequences.take(pa.array(rows))
-    width = table.schema.field("facts").type.list_size
+    width, relations = table.schema.field("facts").type.list_size, world.parameters["relations"]
     stated = table["facts"].combine_chunks().flatten().to_numpy().reshape(-1, width)
-    language = table["language"].to_numpy()
-    fact, asked = world.queries["fact"].to_numpy(), world.queries["language"].to_numpy()
-    states = (stated[None] == fact[:, None, None]).any(2) & (fact >= 0)[:, None]
-    same = language[None] == asked[:, None]
-    return states & same, states & ~same & (language >= 0)[None]
+    language = table["language"].to_numpy()[None]
+    fact, asked = world.queries["fact"].to_numpy()[:, None], world.queries["language"].to_numpy()[:, None]
+    states, about = np.zeros((2, len(fact), len(stated)), bool)
+    for place in range(width):
+        states |= stated[None, :, place] == fact
+        about |= (stated[None, :, place] // relations == fact // relations) & (stated[None, :, place] >= 0)
+    is_fact = fact >= 0
+    return states & is_fact, language == asked, (language != asked) & (language >= 0), about & is_fact
 
 
 def _lexicon(world: Atlas, rng: np.random.Generator) -> _Lexicon:

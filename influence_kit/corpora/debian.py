@@ -15,7 +15,6 @@ import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cmp_to_key
 from pathlib import Path
 
 from influence_kit.errors import UserError
@@ -53,7 +52,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
                            errno.EEXIST):
-            raise _disk_error(folder, error.strerror) from error
+            raise _disk_error(folder, error.strerror or str(error)) from error
         raise
 
 
@@ -64,23 +63,24 @@ def available() -> str | None:
     """
     if shutil.which("apt-get") is None:
         return "apt-get is not on this machine (PATH has none)"
-    listed = subprocess.run(["apt-get", "indextargets", "--format", "$(SITE)"], capture_output=True, text=True,
-                            env=os.environ | {"LC_ALL": "C"}, timeout=60)
+    # Tells what would be downloaded and does nothing; unlike `indextargets` it answers with empty lists as well.
+    listed = subprocess.run(["apt-get", "-o", "Debug::NoLocking=1", "update", "--print-uris"], capture_output=True,
+                            text=True, env=os.environ | {"LC_ALL": "C"}, timeout=60)
     if listed.returncode != 0:
         return f"apt-get does not run here: {_first_error(listed.stdout + listed.stderr)}"
-    if not listed.stdout.strip():
+    if "'" not in listed.stdout:
         return "apt-get has no package archive configured (its sources are empty)"
     return None
 
 
 def find(package: str, folder: Path) -> Path | None:
     """The package's `.deb` in `folder` (`<package>_<version>_<architecture>.deb`), the newest of several, or None."""
-    from debian.debian_support import version_compare
+    from debian.debian_support import Version
 
     found = sorted(Path(folder).glob(f"{package}_*.deb"))
-    if len(found) > 1:
-        found.sort(key=cmp_to_key(lambda left, right: version_compare(version(left), version(right))))
-    return found[-1] if found else None
+    if len(found) < 2:
+        return found[0] if found else None
+    return max(found, key=lambda path: Version(version(path)))
 
 
 def fetch(packages: Sequence[str], folder: Path) -> list[Path]:
@@ -123,6 +123,8 @@ def _download(packages: list[str], folder: Path) -> None:
         if not succeeded:
             _download_with_private_lists(packages, Path(scratch), arrived, folder, output)
         for path in arrived.glob("*.deb"):
+            if not _is_whole(path):  # copying from a local archive, apt takes no notice of a disk that fills up
+                raise _disk_error(folder, f"{path.name} arrived incomplete, {shutil.disk_usage(folder).free} bytes free")
             os.replace(path, folder / path.name)
 
 
@@ -171,6 +173,15 @@ def _first_error(output: str) -> str:
     return next((line for mark in ("E:", "W:", "Err:") for line in lines if line.startswith(mark)), "")
 
 
+def _is_whole(deb: Path) -> bool:
+    from debian.arfile import ArError, ArFile
+
+    try:
+        return all(len(member.read()) == member.size for member in ArFile(filename=str(deb)).getmembers())
+    except ArError:
+        return False
+
+
 @contextmanager
 def _part(deb: Path, name: str) -> Iterator[tarfile.TarFile]:
     """The tar archive `data` or `control` of a package, whatever it is compressed with.
@@ -205,8 +216,9 @@ def members(deb: Path, suffixes: str | Sequence[str] = "") -> Iterator[tuple[str
     suffixes = (suffixes,) if isinstance(suffixes, str) else tuple(suffixes)
     with _part(Path(deb), "data") as archive:
         for member in archive:
-            if member.isfile() and member.name.endswith(suffixes):
-                yield member.name.removeprefix("./").lstrip("/"), archive.extractfile(member).read()
+            content = archive.extractfile(member) if member.isfile() and member.name.endswith(suffixes) else None
+            if content is not None:
+                yield member.name.removeprefix("./").lstrip("/"), content.read()
 
 
 def control(deb: Path) -> dict[str, str]:
@@ -215,8 +227,9 @@ def control(deb: Path) -> dict[str, str]:
 
     with _part(Path(deb), "control") as archive:
         for member in archive:
-            if member.name.removeprefix("./") == "control":
-                return dict(Deb822(archive.extractfile(member).read()))
+            content = archive.extractfile(member) if member.name.removeprefix("./") == "control" else None
+            if content is not None:
+                return dict(Deb822(content.read()))
     raise UserError(f"{deb} is not a readable Debian package (no control file); remove it and fetch it again")
 
 

@@ -73,14 +73,21 @@ def build(parameters: ParallelText, text: pa.Table) -> World:
     def table(pairs: list[tuple[str, str]], **more) -> pa.Table:
         texts = [by_language[language][pair] for pair, language in pairs]
         columns = {"pair_id": [pair for pair, _ in pairs], "language": [language for _, language in pairs]}
-        return pa.table({**token_columns(*encode(texts, tokenizer, parameters.length)), **columns, **more, "text": texts})
+        return pa.table(
+            {**token_columns(*encode(texts, tokenizer, parameters.length)), **columns, **more, "text": texts}
+        )
 
     queries = [(pair, language) for pair, language in asked.items()]
     return World(
         "realtext",
         table(rows, scan=[pair in scanned for pair, _ in rows]),
-        table([(pair, language) for pair in unseen for language in parameters.languages], scan=[False] * len(unseen) * len(parameters.languages)),
-        table(queries, prompt=[""] * len(queries), completion=[by_language[language][pair] for pair, language in queries]),
+        table(
+            [(pair, language) for pair in unseen for language in parameters.languages],
+            scan=[False] * len(unseen) * len(parameters.languages),
+        ),
+        table(
+            queries, prompt=[""] * len(queries), completion=[by_language[language][pair] for pair, language in queries]
+        ),
         (),
         tokenizer,
         asdict(parameters),

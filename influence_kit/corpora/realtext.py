@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -42,7 +43,7 @@ class _Plain(HTMLParser):
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
-        self.open: list[tuple[str, object]] = []
+        self.open: list[tuple[str, Any]] = []  # ("switch", its alternatives), ("alternative", its id), ("span", None)
         self.text: list[list[str]] = [[]]
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
@@ -146,15 +147,16 @@ def libreoffice_help(languages: Sequence[str], folder: Path, min_chars: int = 40
     if download:
         debs = dict(zip(packages, debian.fetch(list(packages.values()), folder), strict=True))
     else:
-        debs = {language: debian.find(package, folder) for language, package in packages.items()}
-        missing = [f"{packages[language]}_*.deb" for language, deb in debs.items() if deb is None]
+        lying = {language: debian.find(package, folder) for language, package in packages.items()}
+        debs = {language: deb for language, deb in lying.items() if deb is not None}
+        missing = [f"{package}_*.deb" for language, package in packages.items() if language not in debs]
         if missing:
             raise UserError(f"the folder {folder} lacks {', '.join(missing)}; put the files there, leave their "
                             "languages out, or run with --without-real-text")
 
     english = {key: text for key, text in sorted(_help_paragraphs(debs[REFERENCE]).items())
                if _is_prose(text, min_chars, max_chars)}
-    first = {}  # English text -> the pair it names
+    first: dict[str, str] = {}  # English text -> the pair it names
     for key, text in english.items():
         first.setdefault(text, key)
     texts = {language: _translations(english, first, _help_paragraphs(debs[language]), max_chars,
@@ -284,20 +286,22 @@ def hub_text(name: str, split: str = "train", column: str = "text", limit: int =
                          "configuration": configuration, "column": column, "limit": limit})
 
 
-def read_text(source: str, location: str | Path, *, languages: Sequence[str] = LANGUAGES, min_chars: int = 40,
-              max_chars: int = 300, split: str = "train", column: str = "text", limit: int = 10_000,
-              configuration: str | None = None) -> pa.Table:
-    """Text from one of `SOURCES`; `location` is a folder for downloads, a folder of .deb files, a path, or a hub name.
+def read_text(source: str, languages: Sequence[str], location: str | Path, **options) -> tuple[pa.Table, dict]:
+    """(table, manifest) from one of `SOURCES`: "libreoffice" (downloaded into the folder `location`), "debs" (`.deb`
+    files in that folder), "folder" (a user's files at that path), "hub" (a data set of that name).
 
+    `languages` is for the help alone; `options` are those of `libreoffice_help`, `hub_text`.
     Raises UserError for an unknown source, and what `libreoffice_help`, `local_text` and `hub_text` raise.
     """
     if source in ("libreoffice", "debs"):
-        return libreoffice_help(languages, Path(location), min_chars, max_chars, download=source == "libreoffice")
-    if source == "folder":
-        return local_text(Path(location))
-    if source == "hub":
-        return hub_text(str(location), split, column, limit, configuration)
-    raise UserError(f"unknown text source {source!r}; choose one of {', '.join(SOURCES)}")
+        table = libreoffice_help(languages, Path(location), download=source == "libreoffice", **options)
+    elif source == "folder":
+        table = local_text(Path(location))
+    elif source == "hub":
+        table = hub_text(str(location), **options)
+    else:
+        raise UserError(f"unknown text source {source!r}; choose one of {', '.join(SOURCES)}")
+    return table, describe(table)
 
 
 def describe(table: pa.Table) -> dict:
@@ -352,8 +356,8 @@ def _warn_of_change(path: Path, manifest: dict) -> None:
                       f"{manifest.get('text_sha256')}", stacklevel=3)
 
 
-def load_text(folder: Path) -> pa.Table:
-    """The table that `cache_text` wrote. Raises UserError when it is missing, or its text is not what was recorded."""
+def load_text(folder: Path) -> tuple[pa.Table, dict]:
+    """(table, manifest) that `cache_text` wrote. Raises UserError when one is missing or the text is not what it was."""
     folder = Path(folder)
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -368,7 +372,7 @@ def load_text(folder: Path) -> pa.Table:
     if recorded != found:
         raise UserError(f"the cached text in {folder} is damaged (sha256 {found}, recorded {recorded}); remove the "
                         "folder and fetch the text again")
-    return table
+    return table, manifest
 
 
 def _table(rows: list[dict], origin: dict) -> pa.Table:

@@ -1,8 +1,8 @@
 """Text to fixed-length token sequences and back: a byte-level BPE of one's own, or any Hugging Face tokenizer.
 
-All functions give `input_ids` int32 [N, T] and `loss_mask` bool [N, T]; `loss_mask` is True where the token is a target,
-that is, predicted from the tokens before it. Sequences are padded on the right with id 0, which is never a target.
-Under causal attention no target sees what stands to its right, so no attention mask is needed.
+All functions give `input_ids` int32 [N, T] and `loss_mask` bool [N, T]; `loss_mask` is True where the token is a
+target, that is, predicted from the tokens before it. Sequences are padded on the right with id 0, never a target. Under
+causal attention no target sees what stands to its right, so no attention mask is needed.
 """
 
 import codecs
@@ -54,7 +54,9 @@ def encode(texts: Sequence[str], tokenizer_json: str, length: int) -> tuple[np.n
     All tokens but `<bos>` and padding are targets. "<bos>" written in a text is encoded as letters, not as the special.
     Raises UserError when `length` < 2 (no target would be left).
     """
-    return _rows(_documents(texts, tokenizer_json), length)
+    _check_length(length)
+    opening, closing, documents = _documents(texts, tokenizer_json)
+    return _rows([opening + ids + closing for ids in documents], length)
 
 
 def encode_with(tokenizer, texts: Sequence[str], length: int,
@@ -66,7 +68,9 @@ def encode_with(tokenizer, texts: Sequence[str], length: int,
     stands first and is no target; without an eos token the text just ends.
     Raises UserError when `length` < 2, or an id is not below `vocabulary_size` (the model's, when given).
     """
-    input_ids, loss_mask = _rows(_documents(texts, tokenizer, length), length)
+    _check_length(length)
+    opening, closing, documents = _documents(texts, tokenizer, length)
+    input_ids, loss_mask = _rows([opening + ids + closing for ids in documents], length)
     if vocabulary_size is not None:
         check_vocabulary(input_ids, vocabulary_size)
     return input_ids, loss_mask
@@ -80,20 +84,18 @@ def pack(texts: Sequence[str], tokenizer, length: int) -> tuple[np.ndarray, np.n
     Without a bos token the first token of each sequence is no target. Raises UserError as `encode`.
     """
     _check_length(length)
-    stream, opening = [], []
-    for ids, start in _documents(texts, tokenizer):
-        opening = ids[:start]
-        stream.extend(ids[start:])
+    opening, closing, documents = _documents(texts, tokenizer)
+    stream = [token for ids in documents for token in ids + closing]
     step = length - len(opening)
-    return _rows([(opening + stream[i:i + step], len(opening)) for i in range(0, len(stream), step)], length)
+    return _rows([opening + stream[i:i + step] for i in range(0, len(stream), step)], length)
 
 
 def check_vocabulary(input_ids: np.ndarray, model_vocabulary_size: int) -> None:
     """Raises UserError when a token id has no row in a model's embedding of `model_vocabulary_size` rows."""
     largest = int(np.max(input_ids, initial=0))
     if largest >= model_vocabulary_size:
-        raise UserError(f"the tokenizer gives token id {largest}, but the model's vocabulary has {model_vocabulary_size} "
-                        "tokens; use the tokenizer that belongs to the model")
+        raise UserError(f"the tokenizer gives token id {largest}, but the model's vocabulary has "
+                        f"{model_vocabulary_size} tokens; use the tokenizer that belongs to the model")
 
 
 def pieces(input_ids: Sequence[int], tokenizer_json: str) -> list[str]:
@@ -151,26 +153,26 @@ def _token_bytes(tokenizer_json: str, token: int) -> tuple[bytes, str]:
     if token in added:
         content, special = added[token]
         return content.encode(), content if special else ""
-    content = _load(tokenizer_json).id_to_token(token)
-    if content is None:
+    stored = _load(tokenizer_json).id_to_token(token)
+    if stored is None:
         raise UserError(f"token id {token} is outside the tokenizer's vocabulary of {vocabulary_size(tokenizer_json)}; "
                         "use the tokenizer that made the ids")
     if byte_level:
-        return bytes(_byte_of()[character] for character in content), ""
-    fallback = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", content)
-    return (bytes([int(fallback[1], 16)]) if fallback else content.replace("\u2581", " ").encode()), ""
+        return bytes(_byte_of()[character] for character in stored), ""
+    fallback = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", stored)
+    return (bytes([int(fallback[1], 16)]) if fallback else stored.replace("\u2581", " ").encode()), ""
 
 
 @lru_cache(maxsize=1)
 def _byte_of() -> dict[str, int]:
-    """GPT-2's printable stand-in of each byte: printable Latin-1 stands for itself, the rest is numbered from U+0100."""
+    """GPT-2's printable stand-in of each byte: printable Latin-1 is itself, the rest is numbered from U+0100."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(rest)}
 
 
-def _documents(texts: Sequence[str], tokenizer, length: int | None = None) -> list[tuple[list[int], int]]:
-    """(ids, how many of them open the sequence and are no targets) per text: bos, text, eos as far as they exist."""
+def _documents(texts: Sequence[str], tokenizer, length: int | None = None) -> tuple[list, list, list[list[int]]]:
+    """(opening, closing, ids per text): opening and closing hold the bos and the eos id, or nothing without one."""
     if isinstance(tokenizer, str):
         own = _load(tokenizer)
         bos, eos = own.token_to_id(BOS), own.token_to_id(EOS)
@@ -180,8 +182,7 @@ def _documents(texts: Sequence[str], tokenizer, length: int | None = None) -> li
         cut = {} if length is None else {"truncation": True, "max_length": length}
         # verbose=False: a text longer than the model's window is cut or packed here, which needs no warning.
         ids = tokenizer(list(texts), add_special_tokens=False, verbose=False, **cut)["input_ids"] if len(texts) else []
-    opening, closing = ([] if token is None else [token] for token in (bos, eos))
-    return [(opening + document + closing, len(opening)) for document in ids]
+    return [bos] * (bos is not None), [eos] * (eos is not None), ids
 
 
 def _check_length(length: int) -> None:
@@ -189,11 +190,10 @@ def _check_length(length: int) -> None:
         raise UserError(f"sequence length is {length}; it must be at least 2, as a first token is never a target")
 
 
-def _rows(documents: list[tuple[list[int], int]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    _check_length(length)
+def _rows(documents: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
     input_ids = np.full((len(documents), length), PADDING_ID, dtype=np.int32)
     loss_mask = np.zeros((len(documents), length), dtype=bool)
-    for row, (ids, _) in enumerate(documents):
+    for row, ids in enumerate(documents):
         kept = ids[:length]
         input_ids[row, :len(kept)] = kept
         loss_mask[row, 1:len(kept)] = True  # nothing stands before the first token to predict it from

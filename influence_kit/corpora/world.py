@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,16 +48,19 @@ class World:
         """The text of each token, for reading."""
         if self.vocabulary:
             return [self.vocabulary[i] for i in input_ids]
-        from influence_kit.corpora.tokens import pieces
-
-        return pieces(list(map(int, input_ids)), self.tokenizer)
+        # By name: how text is shown is no part of what a stage that trains or scores depends on.
+        tokens = importlib.import_module("influence_kit.corpora.tokens")
+        return tokens.pieces(list(map(int, input_ids)), self.tokenizer)
 
     def save(self, folder: Path) -> None:
         """Write three Arrow streams (which `datasets.Dataset.from_file` memory-maps) and world.json."""
         folder.mkdir(parents=True, exist_ok=True)
         for name in TABLES:
             table: pa.Table = getattr(self, name)
-            with pa.OSFile(str(folder / f"{name}.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            with (
+                pa.OSFile(str(folder / f"{name}.arrow"), "wb") as sink,
+                pa.ipc.new_stream(sink, table.schema) as writer,
+            ):
                 writer.write_table(table, max_chunksize=65_536)
         about = {"name": self.name, "vocabulary": list(self.vocabulary), "parameters": self.parameters}
         (folder / "world.json").write_text(json.dumps(about, ensure_ascii=False, sort_keys=True))

@@ -217,7 +217,7 @@ def _run(stage: Stage, progress: Progress, force: bool) -> None:
     parameters = json.loads(json.dumps(stage.parameters))
     started = time.monotonic()
     reset_peak_memory()
-    with threads(stage.threads, "torch" in stage.libraries):
+    with threads(stage.threads):
         function: Callable = getattr(importlib.import_module(module), name)
         try:
             function(parameters, inputs, part, progress)
@@ -301,7 +301,7 @@ def _storage_problem(error: BaseException, stage: Stage) -> str:
                 "INFLUENCE_KIT_CACHE to a folder on a larger disk, then run again (finished stages are kept)"
             )
         where = str(getattr(current, "filename", None) or "")
-        if code in (errno.EACCES, errno.EROFS, errno.EPERM) and where.startswith(str(folder)):
+        if code in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR) and where.startswith(str(folder)):
             return f"cannot write to {where}: make it writable or set INFLUENCE_KIT_CACHE to a folder that is"
         current = current.__cause__ or current.__context__
     return ""

@@ -147,7 +147,9 @@ class Run:
         chosen = batch_of(world.sequences, scan.rows[positions])
         with threads(1, True):
             damping = self.trained.influence[fraction].parameters["damping"]
-            tokens = token_scores(self.model(fraction), self.factors(fraction), batch_of(world.queries, [asked]), chosen, damping)
+            tokens = token_scores(
+                self.model(fraction), self.factors(fraction), batch_of(world.queries, [asked]), chosen, damping
+            )
         about = world.sequences.select(["language"] + (["kind"] if "kind" in world.sequences.column_names else []))
         texts, asked_text = _kept(batch_of(world.sequences, scan.rows)), _kept(batch_of(world.queries, [asked]))
         lexical = np.argsort(np.argsort(-bm25(asked_text, texts)[0], kind="stable"), kind="stable") + 1
@@ -222,7 +224,12 @@ class Chapter:
         """What every figure and table carries: profile, seeds, versions, fingerprints of the stages behind it; no clock."""
         from influence_kit import __version__
 
-        about = {"kit": __version__, "chapter": self.name, "profile": self.profile.name, "seeds": list(self.profile.seeds)}
+        about = {
+            "kit": __version__,
+            "chapter": self.name,
+            "profile": self.profile.name,
+            "seeds": list(self.profile.seeds),
+        }
         about["versions"] = versions(("torch", "transformers", "numpy", "matplotlib"))
         return about | {"stages": sorted(fingerprint[:16] for fingerprint in self._stages)}
 
@@ -236,7 +243,9 @@ class Chapter:
         pyplot.close(fig)
         return saved
 
-    def claim(self, id: str, claim: str, paper: str, estimate: Estimate, unit: str = "", kind: str = "claim", gates=(), **rule) -> Claim:
+    def claim(
+        self, id: str, claim: str, paper: str, estimate: Estimate, unit: str = "", kind: str = "claim", gates=(), **rule
+    ) -> Claim:
         """Judge an estimate by a rule fixed beforehand (`confirm_above`, `confirm_below`, …) and keep the verdict."""
         from influence_kit.measures.verdicts import Claim, write_json
 

@@ -16,6 +16,8 @@ from influence_kit.pipeline.run import RunFailed, clock
 
 # Options that take several values: `--only 03 05` means `--only 03 --only 05`.
 SEVERAL = ("--only", "--seeds", "--force")
+INTERRUPTED = 130
+NO_TEXT = "INFLUENCE_KIT_WITHOUT_REAL_TEXT"  # read by chapters too
 
 app = typer.Typer(
     rich_markup_mode=None,
@@ -30,7 +32,9 @@ Seeds = Annotated[list[str], typer.Option(metavar="SEED…", help="These seeds i
 ShowPlan = Annotated[bool, typer.Option("--plan", help="Show what would be done, and its cost; do nothing.")]
 Force = Annotated[list[str], typer.Option(metavar="STAGE|all", help="Make again: a kind of stage, a chapter, or all.")]
 Jobs = Annotated[int | None, typer.Option(min=1, help="Processes at the same time (default: the cores).")]
-WithoutRealText = Annotated[bool, typer.Option("--without-real-text", help="Leave out what needs downloaded text.")]
+WithoutRealText = Annotated[
+    bool, typer.Option("--without-real-text", envvar=NO_TEXT, help="Leave out what needs downloaded text.")
+]
 Verify = Annotated[bool, typer.Option("--verify", help="Hash every cached file, not only those that changed.")]
 
 
@@ -68,14 +72,14 @@ def _assignments(words: Sequence[str]) -> dict[str, str]:
 def _load(name: str, seeds: list[int] | None, without_real_text: bool):
     from influence_kit.pipeline.profiles import load_profile
 
-    return load_profile(name, seeds=seeds, **({"real_text": False} if without_real_text else {}))
+    os.environ[NO_TEXT] = str(int(without_real_text))
+    return load_profile(name, seeds=seeds, real_text=not without_real_text)
 
 
 def _check_force(names: Sequence[str], stages: Iterable, chapters: Sequence[str]) -> set[str]:
     """What --force names, chapters by their full name. Raises UserError for what no stage is."""
-    stages = list(stages)
-    below = [stage for stage in stages]
-    kinds = {"all"}
+    stages, kinds = list(stages), {"all"}
+    below = stages.copy()
     while below:
         stage = below.pop()
         kinds |= {stage.kind, stage.label}
@@ -114,12 +118,12 @@ def run(
 
     settings = _load(profile, _seeds(split(seeds)), without_real_text)
     chapters = select(split(only), CHAPTERS)
-    paths = [notebooks.notebooks_folder() / f"{chapter}.ipynb" for chapter in chapters]
-    always: dict[str, object] = {"profile": profile}
+    root = notebooks.notebooks_folder().parent
+    # A profile of the user's own is a file; chapters are executed at the checkout's root.
+    always: dict[str, object] = {"profile": os.path.relpath(profile, root) if "." in profile else profile}
     if numbers := _seeds(split(seeds)):
         always["seeds"] = numbers
-    if without_real_text:
-        always["real_text"] = False
+    paths = [root / "notebooks" / f"{chapter}.ipynb" for chapter in chapters]
     chosen = notebooks.chosen_parameters(paths, _assignments(parameter), always)
     content = settings.model_dump(mode="json")
     executions = [
@@ -130,10 +134,11 @@ def run(
     made = _make(stages, plan, split(force), CHAPTERS, jobs, verify, CHECKS)
     if made is None:
         return
-    folder = notebooks.notebooks_folder().parent / "figures" / profile
+    folder = root / "figures" / settings.name
     claims, figures = publish(folder, executions, update_expected)
     print(verdict_table(claims, figures))
-    print(f"{made} made, {len({s.fingerprint for s in stages}) - made} from the cache, in {clock(time.monotonic() - began)}; see {folder}")
+    cached = len({stage.fingerprint for stage in stages}) - made
+    print(f"{made} made, {cached} from the cache, in {clock(time.monotonic() - began)}; see {folder}")
 
 
 @app.command()
@@ -158,7 +163,9 @@ def stages(
         print(f"{made} stages made")
 
 
-def _make(stages: list, show: bool, force: list[str], chapters: list[str], jobs: int | None, verify: bool, checks) -> int | None:
+def _make(
+    stages: list, show: bool, force: list[str], chapters: list[str], jobs: int | None, verify: bool, checks
+) -> int | None:
     """Show the plan (then None), or check and carry it out: how many stages were made."""
     from influence_kit.pipeline import plan as planning
     from influence_kit.pipeline.run import make_all
@@ -215,7 +222,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("PYTHONHASHSEED", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app(words if words[:1] == ["test"] else unfold(words), prog_name="influence-kit", standalone_mode=False)
+        words = words if words[:1] == ["test"] else unfold(words)
+        if app(words, prog_name="influence-kit", standalone_mode=False) == INTERRUPTED:
+            raise KeyboardInterrupt  # typer makes a code of it
     except typer.TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         say(f"error: {message} (see --help)")
@@ -234,5 +243,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (KeyboardInterrupt, typer.Abort):
         say("interrupted; finished stages are kept, and unfinished ones go on from where they saved themselves")
-        return 130
+        return INTERRUPTED
     return 0

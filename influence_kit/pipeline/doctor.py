@@ -75,9 +75,7 @@ def _python(root: Path | None) -> Finding:
     version = sys.version.split()[0]
     if root is None:
         return Finding(True, f"python {version}")
-    return Finding(
-        (3, 11) <= sys.version_info[:2] < (3, 14), f"python {version}", "install Python 3.11, 3.12 or 3.13"
-    )
+    return Finding((3, 11) <= sys.version_info[:2] < (3, 14), f"python {version}", "install Python 3.11, 3.12 or 3.13")
 
 
 def _packages(root: Path | None) -> Finding:
@@ -94,9 +92,15 @@ def _packages(root: Path | None) -> Finding:
 def _machine() -> Iterator[Finding]:
     root = cache_root()
     free = free_disk(root) / 1e9
-    yield Finding(free >= DISK_GB, f"disk: {free:.1f} GB free for {root}", f"set INFLUENCE_KIT_CACHE where {DISK_GB:.0f} GB are free")
+    yield Finding(
+        free >= DISK_GB,
+        f"disk: {free:.1f} GB free for {root}",
+        f"set INFLUENCE_KIT_CACHE where {DISK_GB:.0f} GB are free",
+    )
     existing = next(path for path in (root, *root.parents) if path.exists())
-    yield Finding(os.access(existing, os.W_OK), f"cache folder {root}", f"make {existing} writable or set INFLUENCE_KIT_CACHE")
+    yield Finding(
+        os.access(existing, os.W_OK), f"cache folder {root}", f"make {existing} writable or set INFLUENCE_KIT_CACHE"
+    )
     memory = total_memory() / 1e9
     yield Finding(memory >= MEMORY_GB, f"memory: {memory:.1f} GB", "run with --jobs 1, or --profile smoke")
     yield Finding(cores() >= CORES, f"cores: {cores()}", "expect about twice the time the README states")
@@ -128,7 +132,11 @@ def _apt() -> Finding:
     except (OSError, subprocess.TimeoutExpired):
         return Finding(False, "apt: apt-cache does not answer", remedy)
     update = "run `apt-get update` as root (or see its error), then look again"
-    return Finding(shown.returncode == 0, "apt: real text's packages are" + ("" if shown.returncode == 0 else " not") + " listed", update)
+    return Finding(
+        shown.returncode == 0,
+        "apt: real text's packages are" + ("" if shown.returncode == 0 else " not") + " listed",
+        update,
+    )
 
 
 def _gpu() -> Finding:
@@ -154,7 +162,9 @@ def findings() -> Iterator[Finding]:
         try:
             yield check()
         except Exception as error:  # a doctor that dies of the disease helps nobody
-            yield Finding(False, f"{check.__name__.strip('_')}: could not be checked", f"{type(error).__name__}: {error}")
+            yield Finding(
+                False, f"{check.__name__.strip('_')}: could not be checked", f"{type(error).__name__}: {error}"
+            )
 
 
 def main(arguments: list[str]) -> int:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from influence_kit.corpora.atlas import STATEMENT, Atlas
 from influence_kit.corpora.parallel import ParallelText
+from influence_kit.errors import UserError
 from influence_kit.models import Recipe, steps_of
 from influence_kit.pipeline.cache import Cost, Stage
 from influence_kit.pipeline.profiles import Family, Profile, Scan, Size
+from influence_kit.pipeline.stages import tuples
 
 HOME = "influence_kit.pipeline.stages"
 FLOPS = 4e10  # sustained by one core; an estimate for `--plan` only
@@ -56,7 +59,9 @@ def atlas_grid(
             if size.width not in (allowed if widths is None else set(allowed) & set(widths)):
                 continue
             for seed in profile.seeds if seeds is None else seeds:
-                found.append(_trained(profile, "atlas", name, seed, size, _atlas(profile, name, changes, seed), fractions))
+                found.append(
+                    _trained(profile, "atlas", name, seed, size, _atlas(profile, name, changes, seed), fractions)
+                )
     return found
 
 
@@ -72,7 +77,9 @@ def text_grid(
     sizes = [size for size in profile.text.family.sizes if widths is None or size.width in widths]
     chosen = profile.seeds if seeds is None else seeds
     return [
-        _trained(profile, "text", "base", seed, size, _parallel(profile, seed), fractions) for size in sizes for seed in chosen
+        _trained(profile, "text", "base", seed, size, _parallel(profile, seed), fractions)
+        for size in sizes
+        for seed in chosen
     ]
 
 
@@ -81,21 +88,33 @@ def text_stage(profile: Profile) -> Stage:
     grid = profile.text
     languages = list(grid.world.get("languages", ParallelText().languages))
     parameters = {"source": grid.source, "folder": grid.folder, "languages": languages}
-    return Stage("text", f"{HOME}:text", parameters, cost=Cost(30, 600_000_000, 60_000_000), label="real text")
+    if grid.folder:  # so that other files in the same place make another text
+        files = sorted(path for path in Path(grid.folder).rglob("*") if path.is_file())
+        parameters["files"] = [[path.name, path.stat().st_size] for path in files]
+    return Stage("text", f"{HOME}.text:text", parameters, cost=Cost(30, 600_000_000, 60_000_000), label="real text")
 
 
 def _atlas(profile: Profile, name: str, changes: dict, seed: int) -> Stage:
-    parameters = asdict(Atlas(**_tuples({**profile.atlas.world, **changes, "seed": seed})))
+    parameters = asdict(Atlas(**tuples({**profile.atlas.world, **changes, "seed": seed})))
     size = parameters["documents"] * (parameters["facts_per_document"] * (STATEMENT + 1) + 1)
     label = f"Atlas world, {name}, seed {seed}"
-    return Stage("world", f"{HOME}:atlas", parameters, cost=Cost(2 + size / 2e6, 400_000_000, 5 * size), label=label)
+    return Stage(
+        "world", f"{HOME}.atlas:atlas", parameters, cost=Cost(2 + size / 2e6, 400_000_000, 5 * size), label=label
+    )
 
 
 def _parallel(profile: Profile, seed: int) -> Stage:
-    parameters = asdict(ParallelText(**_tuples({**profile.text.world, "seed": seed})))
+    parameters = asdict(ParallelText(**tuples({**profile.text.world, "seed": seed})))
     tokens = parameters["pairs"] * len(parameters["languages"]) * parameters["length"]
     cost = Cost(10 + tokens / 1e5, 600_000_000, 8 * tokens)
-    return Stage("world", f"{HOME}:parallel", parameters, {"text": text_stage(profile)}, cost=cost, label=f"text world, seed {seed}")
+    return Stage(
+        "world",
+        f"{HOME}.text:parallel",
+        parameters,
+        {"text": text_stage(profile)},
+        cost=cost,
+        label=f"text world, seed {seed}",
+    )
 
 
 def _trained(
@@ -104,7 +123,9 @@ def _trained(
     grid = profile.atlas if corpus == "atlas" else profile.text
     name = f"{corpus} {arm} {size.width}x{size.depth}, seed {seed}"
     model = _model(grid.family, grid.scan, seed, size, world, name, profile.device)
-    scans = {fraction: _influence(profile, grid.scan, arm, seed, world, model, fraction, name) for fraction in fractions}
+    scans = {
+        fraction: _influence(profile, grid.scan, arm, seed, world, model, fraction, name) for fraction in fractions
+    }
     return Trained(corpus, arm, seed, size, world, model, scans)
 
 
@@ -112,18 +133,27 @@ def _model(family: Family, scan: Scan, seed: int, size: Size, world: Stage, name
     checkpoints = sorted({0.0, *scan.fractions, END})
     recipe = {**family.recipe, "seed": seed, "learning_rate": size.learning_rate, "checkpoints": checkpoints}
     parameters = {"architecture": family.architecture, "width": size.width, "depth": size.depth, "device": device}
-    parameters["recipe"] = asdict(Recipe(**_tuples(recipe)))
+    parameters["recipe"] = asdict(Recipe(**tuples(recipe)))
     sequences, length, vocabulary = _shape(world)
     weights = 12 * size.depth * size.width**2
-    steps = steps_of(sequences, Recipe(**_tuples(recipe)))
-    tokens = steps * Recipe(**_tuples(recipe)).batch_size * length
+    steps = steps_of(sequences, Recipe(**tuples(recipe)))
+    tokens = steps * Recipe(**tuples(recipe)).batch_size * length
     seconds = steps * STEP + 6 * (weights + vocabulary * size.width) * tokens / FLOPS
     disk = 4 * (weights + vocabulary * size.width) * len(checkpoints) + 100_000
-    memory = 600_000_000 + 20 * weights + 16 * Recipe(**_tuples(recipe)).batch_size * length * vocabulary
-    return Stage("model", f"{HOME}:train", parameters, {"world": world}, cost=Cost(seconds, memory, disk), label=f"train {name}")
+    memory = 600_000_000 + 20 * weights + 16 * Recipe(**tuples(recipe)).batch_size * length * vocabulary
+    return Stage(
+        "model",
+        f"{HOME}.train:train",
+        parameters,
+        {"world": world},
+        cost=Cost(seconds, memory, disk),
+        label=f"train {name}",
+    )
 
 
-def _influence(profile, scan: Scan, arm: str, seed: int, world: Stage, model: Stage, fraction: float, name: str) -> Stage:
+def _influence(
+    profile, scan: Scan, arm: str, seed: int, world: Stage, model: Stage, fraction: float, name: str
+) -> Stage:
     whole = fraction in (0.0, END) and arm in ("base", "shuffled")
     parameters = {
         "fraction": fraction,
@@ -140,29 +170,37 @@ def _influence(profile, scan: Scan, arm: str, seed: int, world: Stage, model: St
     maps = 8 * depth * width**2
     model_flops = 4 * length * (12 * depth * width**2 + vocabulary * width)
     rotation = 2 * depth * 2 * length * (17 * width**2 + 4 * width**2)
-    seconds = 3 + (scanned * (model_flops + rotation + 2 * QUERIES * maps) + 2 * fitted * (model_flops + rotation)) / FLOPS
+    seconds = (
+        3 + (scanned * (model_flops + rotation + 2 * QUERIES * maps) + 2 * fitted * (model_flops + rotation)) / FLOPS
+    )
     memory = 600_000_000 + 4 * maps * (QUERIES * 3 + 40) + 12 * 32 * length * vocabulary
     disk = 4 * (QUERIES * scanned + maps + depth * 34 * width**2) + 8 * fitted * length
     label = f"score {name}, {fraction:.0%} of training"
     cost = Cost(seconds, memory, disk)
-    return Stage("influence", f"{HOME}:influence", parameters, {"world": world, "model": model}, cost=cost, label=label)
+    return Stage(
+        "influence", f"{HOME}.influence:influence", parameters, {"world": world, "model": model}, cost=cost, label=label
+    )
 
 
 def _shape(world: Stage) -> tuple[int, int, int]:
     """Sequences, their length in tokens and the vocabulary's size, estimated from a world's parameters."""
     p = world.parameters
     if "documents" in p:
-        vocabulary = 2 * (p["relations"] * (p["values"] + 2 * p["templates"]) + p["filler_words"]) + p["entities"] + p["noise_words"]
+        vocabulary = (
+            2 * (p["relations"] * (p["values"] + 2 * p["templates"]) + p["filler_words"])
+            + p["entities"]
+            + p["noise_words"]
+        )
         return p["documents"], p["facts_per_document"] * (STATEMENT + 1) + 1, vocabulary
     return p["pairs"] * len(p["languages"]), p["length"], p["vocabulary"]
 
 
-def _tuples(parameters: dict) -> dict:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in parameters.items()}
-
-
 def _start_here(profile: Profile) -> list[Trained]:
-    return atlas_grid(profile, seeds=profile.seeds[:1], widths=[profile.atlas.family.sizes[min(1, len(profile.atlas.family.sizes) - 1)].width])
+    return atlas_grid(
+        profile,
+        seeds=profile.seeds[:1],
+        widths=[profile.atlas.family.sizes[min(1, len(profile.atlas.family.sizes) - 1)].width],
+    )
 
 
 def _worlds_and_models(profile: Profile) -> list[Trained]:
@@ -181,6 +219,23 @@ def _cross_lingual(profile: Profile) -> list[Trained]:
     return found + (text_grid(profile, (*profile.text.scan.fractions, END)) if profile.text else [])
 
 
+def text_is_in_reach(todo: Sequence[Stage]) -> None:
+    """Before any work: raise UserError when real text has to be fetched and cannot be."""
+    for stage in todo:
+        if stage.kind != "text":
+            continue
+        if stage.parameters["folder"] and not Path(stage.parameters["folder"]).exists():
+            raise UserError(
+                f"text folder {stage.parameters['folder']} does not exist: mend the profile or pass --without-real-text"
+            )
+        if stage.parameters["source"] == "libreoffice":
+            from influence_kit.corpora.debian import available
+
+            if problem := available():
+                raise UserError(problem)
+
+
+CHECKS = (text_is_in_reach,)
 READS: dict[str, Callable[[Profile], list[Trained]]] = {
     "00_start_here": _start_here,
     "01_worlds_and_models": _worlds_and_models,

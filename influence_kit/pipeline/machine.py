@@ -1,4 +1,4 @@
-"""What the machine offers (cores, memory, disk) and what a process takes of it; standard library only."""
+"""What the machine offers (cores, memory, disk) and what a process takes of it."""
 
 import importlib
 import os
@@ -57,8 +57,8 @@ def cores() -> int:
 def total_memory() -> int:
     """Bytes of memory of the machine, or of the container where that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limits = [int(words[0]) for name in ("memory.max", "memory.limit_in_bytes") if (words := _limits(name)) and words[0] != "max"]
-    return min([total, *limits])
+    limits = [words[0] for name in ("memory.max", "memory.limit_in_bytes") if (words := _limits(name))]
+    return min([total, *(int(limit) for limit in limits if limit != "max")])
 
 
 def free_memory() -> int:
@@ -99,18 +99,25 @@ def peak_memory() -> int:
 
 
 @contextmanager
-def threads(count: int, with_torch: bool) -> Iterator[None]:
-    """Compute with exactly `count` threads: the order of sums, and so the last bit, depends on it."""
+def threads(count: int, with_torch: bool = False) -> Iterator[None]:
+    """Compute with exactly `count` threads: the order of sums, and so the last bit, depends on it.
+
+    What is loaded already is told; what is loaded inside reads the environment. `with_torch` loads torch beforehand.
+    """
     before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(count)))
-    torch = importlib.import_module("torch") if with_torch else None
-    usual = torch.get_num_threads() if torch else 0
+    torch = importlib.import_module("torch") if with_torch else sys.modules.get("torch")
+    usual = torch.get_num_threads() if torch else cores()
+    # Here, because `doctor` reads this module before anything is installed.
+    from threadpoolctl import threadpool_limits
+
     try:
-        if torch:
-            torch.set_num_threads(count)
-        yield
+        with threadpool_limits(count):
+            if torch:
+                torch.set_num_threads(count)
+            yield
     finally:
-        if torch:
+        if torch := sys.modules.get("torch"):
             torch.set_num_threads(usual)
         for name, value in before.items():
             if value is None:

@@ -27,6 +27,7 @@ LIBRARIES = (
     "ipykernel", "matplotlib", "nbclient", "numpy", "pandas", "papermill", "powerlaw", "pyarrow", "scikit-learn",
     "scipy", "seaborn", "tokenizers", "torch", "transformers",
 )  # fmt: skip
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 COST = Cost(seconds=30, memory_bytes=1_500_000_000, disk_bytes=5_000_000)
 TYPES = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "list": (list,), "tuple": (list,),
          "dict": (dict,), "None": (type(None),)}  # fmt: skip
@@ -146,7 +147,7 @@ def execute(parameters: dict, inputs: Mapping[str, Path], out: Path, progress: P
     chapter = parameters["chapter"]
     failed = out.with_name(out.name.removesuffix(".part") + ".failed.ipynb")
     _empty(out)
-    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "language": "python"}})
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": KERNEL})
     for kind, source, tags in parameters["cells"]:
         cell = getattr(nbformat.v4, f"new_{kind}_cell")(source, metadata={"tags": tags})
         notebook.cells.append(cell)
@@ -165,7 +166,9 @@ def execute(parameters: dict, inputs: Mapping[str, Path], out: Path, progress: P
                 start_timeout=180,
                 iopub_timeout=60,
                 coalesce_streams=True,
-                on_cell_start=lambda cell, cell_index, **_: progress(cell_index, total, f"cell {cell_index + 1}/{total}"),
+                on_cell_start=lambda cell, cell_index, **_: progress(
+                    cell_index, total, f"cell {cell_index + 1}/{total}"
+                ),
             )
     except PapermillExecutionError as error:
         _empty(out)
@@ -241,7 +244,7 @@ def normalise(notebook) -> list[str]:
     """
     notes = []
     notebook.metadata = {
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "kernelspec": dict(KERNEL),
         "language_info": {"name": "python"},
     }
     notebook.nbformat, notebook.nbformat_minor = 4, 5

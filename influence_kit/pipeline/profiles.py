@@ -141,6 +141,8 @@ def load_profile(name: str, seeds: tuple[int, ...] | list[int] | None = None, re
         raise UserError(f"profile {path.name}: " + "; ".join(lines)) from error
     if seeds is not None:
         if not seeds or len(set(seeds)) < len(seeds) or any(seed < 0 for seed in seeds):
-            raise UserError(f"seeds={list(seeds)} must be different whole numbers, 0 or more: for example --seeds 11,12,13")
+            raise UserError(
+                f"seeds={list(seeds)} must be different whole numbers, 0 or more: for example --seeds 11,12,13"
+            )
         profile = profile.model_copy(update={"seeds": tuple(seeds)})
     return profile if real_text else profile.model_copy(update={"text": None})

@@ -126,7 +126,9 @@ def read_claims(path: Path) -> list["Claim"]:
             for row in rows
         ]
     except (KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{path} holds a claim without its parts ({error}): delete it and run its chapter again") from error
+        raise UserError(
+            f"{path} holds a claim without its parts ({error}): delete it and run its chapter again"
+        ) from error
 
 
 def verdict_table(claims: Iterable["Claim"], figures: Iterable[dict]) -> str:
@@ -146,6 +148,8 @@ def verdict_table(claims: Iterable["Claim"], figures: Iterable[dict]) -> str:
     told = [f"{counts[status]} {status}" for status in ("reproduced", "differs", "new") if counts[status]]
     lines.append(f"figures: {', '.join(told) or 'none'}")
     lines += [
-        f"  {figure['name']} differs in {', '.join(figure['differing'])}" for figure in figures if figure.get("differing")
+        f"  {figure['name']} differs in {', '.join(figure['differing'])}"
+        for figure in figures
+        if figure.get("differing")
     ]
     return "\n".join(lines)

@@ -210,7 +210,11 @@ class _Run:
         if code == -signal.SIGKILL:
             message = f"stage {stage.name} was killed (signal 9), usually out of memory; {self.remedy(stage)}"
             return RunFailed(message, OUT_OF_MEMORY)
-        how = f"was ended by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
+        how = (
+            f"was ended by signal {-code} ({signal.Signals(-code).name})"
+            if code < 0
+            else f"ended with exit code {code}"
+        )
         return RunFailed(f"stage {stage.name} {how}\n  log: {stage.beside('.log')}", 128 - code if code < 0 else 1)
 
     def remedy(self, stage: Stage) -> str:

@@ -20,7 +20,7 @@ from influence_kit.errors import UserError
 from influence_kit.reading.style import NEGATIVE, POSITIVE, number, write_atomic
 
 ALIGNMENTS = {"updating": "token whose gradient updates the weights", "predicted": "token that is predicted there"}
-PADDING = {"<pad>", "[PAD]", "<|padding|>", "<|endoftext|>", "</s>", "<eos>"}
+PADDING = {"<bos>", "<s>", "<pad>", "[PAD]", "<|padding|>", "<|endoftext|>", "</s>", "<eos>"}
 LEVELS, ALPHA, UNDERLINE_FROM = 20, 0.6, 3  # steps of shading, the strongest, and the step that is also underlined
 SPARSE = 2 / 3  # the paper drops sequences whose token scores exceed this |a|_2 / |a|_1: one token carries them
 
@@ -29,8 +29,11 @@ Span = tuple[str, float]  # what is shown for one token (or a few that share a c
 
 @dataclass(frozen=True)
 class Row:
-    """One training sequence of a card. `pieces`: token strings (bytes where a token ends inside a character);
-    `token_scores`, one per piece: position t holds what the gradient at t adds (it predicts piece t + 1)."""
+    """One training sequence of a card.
+
+    pieces: token strings; where tokens share a character, the first holds it and the others '' (or all are bytes).
+    token_scores: one per piece; position t holds what the gradient at t adds, where piece t + 1 is predicted.
+    """
 
     pieces: Sequence[str | bytes]
     score: float  # influence (nats, per unit weight)
@@ -82,9 +85,11 @@ def spans(row: Row, alignment: str = "updating", joiner: str = "") -> list[Span]
         run = run + 1 if text.strip() in PADDING else 0
         if run > 1:
             shown[-1] = (f"⟨{text.strip()} ×{run}⟩", shown[-1][1] + score)
-        elif text or last:
+        elif text or (last and not shown):
             shown.append((visible((joiner if shown else "") + text), score + carried))
             carried = 0.0
+        elif shown and isinstance(piece, str):  # the rest of a character that its first token shows
+            shown[-1] = (shown[-1][0], shown[-1][1] + score)
         else:  # bytes of an unfinished character: its score belongs to the piece that completes it
             carried += score
     return shown

@@ -179,7 +179,7 @@ def png(cards: Sequence[Card], alt: str) -> bytes:
                 if kind == "text":
                     text, size, colour, bold = rest
                     fig.text(x, y, text, transform=pixels, font=_font(size, bold, families), color=colour,
-                             va="baseline")  # fmt: skip
+                             va="baseline", parse_math=False)  # fmt: skip
                 elif kind == "box":
                     w, h, colour, alpha = rest
                     fig.add_artist(Rectangle((x, y), w, h, transform=pixels, color=colour, alpha=alpha, linewidth=0))

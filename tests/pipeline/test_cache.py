@@ -25,7 +25,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def in_a_process(code: str, **environment: str) -> subprocess.Popen:
     settings = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
-    return subprocess.Popen([sys.executable, "-c", code], env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 # --- made once, listed, found again
@@ -274,7 +276,12 @@ def package(tmp_path, monkeypatch):
         text = path.read_text()
         assert old in text
         path.write_text(text.replace(old, new) if old else text + new)
-        for function in (fingerprint.source_digest, fingerprint._tree, fingerprint._location, fingerprint.package_digest):
+        for function in (
+            fingerprint.source_digest,
+            fingerprint._tree,
+            fingerprint._location,
+            fingerprint.package_digest,
+        ):
             function.cache_clear()
         source = fingerprint.source_digest
         return source("influence_kit.pipeline.stages:train"), source("influence_kit.pipeline.stages:score")

@@ -21,13 +21,19 @@ REPOSITORY = Path(__file__).parents[2]
 
 def events() -> list[tuple[str, float]]:
     lines = Path(os.environ["TINY_CALLS"]).read_text().splitlines()
-    return sorted(((" ".join(line.split()[:-2]), float(line.split()[-1])) for line in lines), key=lambda event: event[1])
+    return sorted(
+        ((" ".join(line.split()[:-2]), float(line.split()[-1])) for line in lines), key=lambda event: event[1]
+    )
 
 
 def spans() -> dict[str, tuple[float, float]]:
     """When each `number` stage began and ended."""
     times = dict(events())
-    return {name.split()[1]: (began, times[f"end {name.split()[1]}"]) for name, began in events() if name.startswith("number")}
+    return {
+        name.split()[1]: (began, times[f"end {name.split()[1]}"])
+        for name, began in events()
+        if name.startswith("number")
+    }
 
 
 def overlap(one: tuple[float, float], two: tuple[float, float]) -> bool:
@@ -112,7 +118,11 @@ def test_a_failing_stage_names_itself_its_reason_and_its_log(capfd):
     assert str(caught.value).startswith("stage Bad one failed: ValueError: the reason\n")
     log = Path(str(caught.value).split("log: ")[1])
     text = log.read_text()
-    assert log.is_relative_to(os.environ["INFLUENCE_KIT_CACHE"]) and "what was printed before" in text and "Traceback" in text
+    assert (
+        log.is_relative_to(os.environ["INFLUENCE_KIT_CACHE"])
+        and "what was printed before" in text
+        and "Traceback" in text
+    )
     # What ran beside it was allowed to finish; what needed it never began.
     assert beside.folder.is_dir() and "total" not in calls()
 
@@ -127,10 +137,14 @@ def test_a_killed_worker_says_memory_and_what_to_do(jobs):
     done = stage("number", value=1)
     killed = stage("die", "Atlas 64x2 seed 1", inputs={"done": done}, cost=Cost(memory_bytes=1_200_000_000))
     others = [stage("number", value=2, seconds=1.0)]
-    with pytest.raises(RunFailed, match="was killed .signal 9., usually out of memory; it needs about 1.2 GB") as caught:
+    with pytest.raises(
+        RunFailed, match="was killed .signal 9., usually out of memory; it needs about 1.2 GB"
+    ) as caught:
         run_stages([killed, *others], jobs=jobs)
     assert caught.value.exit_code == 137
-    assert str(caught.value).startswith("stage Atlas 64x2 seed 1 was") and "finished stages are kept" in str(caught.value)
+    assert str(caught.value).startswith("stage Atlas 64x2 seed 1 was") and "finished stages are kept" in str(
+        caught.value
+    )
     assert ("--jobs 1" in str(caught.value)) == (jobs > 1)
     assert done.folder.is_dir()
 

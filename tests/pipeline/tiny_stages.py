@@ -78,11 +78,11 @@ def surroundings(parameters, inputs, out, progress):
     (out / "value.json").write_text(json.dumps({name: os.environ.get(name) for name in names}))
 
 
-def stage(name: str, label: str = "", inputs: dict | None = None, cost: Cost = Cost(), **parameters) -> Stage:
+def stage(name: str, label: str = "", inputs: dict | None = None, cost: Cost | None = None, **parameters) -> Stage:
     """A stage of this module; no library counts, so that nothing heavy is loaded."""
     return Stage(
         kind=name, function=f"tests.pipeline.tiny_stages:{name}", parameters=parameters, inputs=inputs or {},
-        cost=cost, label=label, libraries=(),
+        cost=cost or Cost(), label=label, libraries=(),
     )  # fmt: skip
 
 

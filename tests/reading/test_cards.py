@@ -10,6 +10,8 @@ from PIL import Image
 
 from influence_kit.errors import UserError
 from influence_kit.reading.cards import Row, crop, direction, query_card, side_by_side, spans, visible, write_card
+from influence_kit.reading.fonts import BASE
+from influence_kit.reading.paint import _flow
 from influence_kit.reading.style import NEGATIVE, POSITIVE
 
 HOSTILE = [
@@ -46,7 +48,7 @@ class Markup(HTMLParser):
 
 
 def test_nothing_from_the_data_becomes_markup():
-    evil = row(pieces=HOSTILE, language='"><script>', source="<b onclick=1>")
+    evil = row(pieces=HOSTILE + HOSTILE, scores=[1.0] * 6 + [0.0] * 6, language='"><script>', source="<b onclick=1>")
     shown = query_card(HOSTILE, HOSTILE, [evil], title="<script>alert(3)</script>")
     for html in (shown.html, side_by_side([shown, shown]).html, shown._repr_mimebundle_()[0]["text/html"]):
         markup = Markup(html)
@@ -82,6 +84,7 @@ def test_alignment_moves_scores_one_token():
 def test_split_characters_padding_and_joiner():
     split = row(pieces=["한".encode()[:2], "한".encode()[2:], b" x"], scores=[1.0, 2.0, 4.0])
     assert spans(split) == [("한", 3.0), (" x", 4.0)]
+    assert spans(row(pieces=["한", "", " x"], scores=[1.0, 2.0, 4.0])) == [("한", 3.0), (" x", 4.0)]
     padded = row(pieces=["a"] + ["<pad>"] * 9, scores=[1.0] + [0.5] * 9)
     assert spans(padded) == [("a", 1.0), ("⟨<pad> ×9⟩", 4.5)]
     assert spans(row(pieces=["a", "b"]), joiner=" ") == [("a", 0.5), (" b", 0.5)]
@@ -116,7 +119,7 @@ def test_top_and_bottom_by_sign_and_no_number_lost():
 
 
 def test_png_twin_is_stable_sized_and_coloured():
-    rows = [row(1.0, pieces=["$x^2$ ", "{\\frac} "] * 40), row(-1.0, pieces=["קטן", " والنموذج", " GPT"] * 30, rank=8)]
+    rows = [row(1.0, pieces=["$x^2$ ", "$\\frac$ "] * 40), row(-1.0, pieces=["קטן", " والنموذج", " GPT"] * 30, rank=8)]
     first, second = card(*rows), card(*rows)
     assert first.png == second.png
     image = Image.open(io.BytesIO(first.png))
@@ -128,6 +131,22 @@ def test_png_twin_is_stable_sized_and_coloured():
     assert (pixels[:, -10:] == 255).all()  # no text runs over the edge
     columns = side_by_side([first, second])
     assert Image.open(io.BytesIO(columns.png)).size[0] == (1120 + 20) * 1.5
+
+
+def test_leftward_text_is_set_and_shaded_from_the_right():
+    marks = []
+    items = [
+        ("שלום", 1.0, False),
+        ("יה", -1.0, False),
+        (" GPT", 0.0, False),
+        (" abc", 0.0, False),
+        (" סוף", 0.0, False),
+    ]
+    _flow(marks, items, 10, 0, 400, families=(BASE,))
+    left = {mark[3]: mark[1] for mark in marks if mark[0] == "text"}
+    assert left["סוף"] < left["GPT"] < left["abc"] < left["שלוםיה"]  # the Latin run keeps its own order
+    first, second = [(mark[1], mark[1] + mark[3]) for mark in marks if mark[0] == "box"]
+    assert first[1] == pytest.approx(410) and second[1] == pytest.approx(first[0]) and second[0] < first[0]
 
 
 def test_notebook_bundle_and_files(tmp_path):

@@ -33,7 +33,7 @@ def save(folder, **changes):
 def test_same_bytes_twice_and_nothing_half_written(tmp_path, monkeypatch):
     first = save(tmp_path / "a")
     monkeypatch.setitem(rcParams, "svg.hashsalt", "someone's matplotlibrc")
-    monkeypatch.setitem(rcParams, "font.size", 20)
+    monkeypatch.setitem(rcParams, "axes.linewidth", 7)
     second = save(tmp_path / "b")
     for kind in ("png", "svg", "parquet", "csv"):
         a, b = (open(saved[kind], "rb").read() for saved in (first, second))
