@@ -98,7 +98,10 @@ fi
 
 if ! python=$(existing); then
   mkdir -p .cache
-  if command -v flock >/dev/null; then exec 9>.cache/install.lock && flock 9; fi  # two runs must not install at once
+  if command -v flock >/dev/null; then  # two runs must not install at once
+    exec 9>.cache/install.lock
+    flock -n 9 || { echo "another installation is under way; waiting for it" >&2; flock 9; }
+  fi
   if ! python=$(existing); then
     : >"$log"
     conda=$(command -v micromamba || command -v mamba || command -v conda || true)

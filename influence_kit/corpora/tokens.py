@@ -124,7 +124,6 @@ def pieces(input_ids: Sequence[int], tokenizer_json: str) -> list[str]:
         if special:
             if start is not None:
                 shown[start] += decoder.decode(b"", final=True)
-            decoder.reset()
             start, shown[place] = None, special
     if start is not None:
         shown[start] += decoder.decode(b"", final=True)

@@ -5,7 +5,6 @@ it is finished it lies in `<…>.part/`; a killed stage finds its own `.part` fo
 keeps for that purpose alone goes into `<out>/resume/`, which is dropped at the end.
 """
 
-import errno
 import fcntl
 import hashlib
 import importlib
@@ -23,7 +22,7 @@ from typing import Protocol
 
 from influence_kit.errors import UserError
 from influence_kit.pipeline.fingerprint import digest, source_digest, versions
-from influence_kit.pipeline.machine import cache_root, circumstances, free_disk, reset_peak_memory, say, threads
+from influence_kit.pipeline.machine import cache_root, circumstances, reset_peak_memory, say, storage_problem, threads
 
 FORMAT = 1
 RESUME = "resume"
@@ -199,7 +198,7 @@ def make(stage: Stage, progress: Progress, force: bool = False) -> Path:
     except UserError:
         raise
     except Exception as error:
-        if remedy := _storage_problem(error, stage):
+        if remedy := storage_problem(error, stage.name):
             raise UserError(remedy) from error
         raise
     return stage.folder
@@ -224,7 +223,7 @@ def _run(stage: Stage, progress: Progress, force: bool) -> None:
         except (UserError, MemoryError):
             raise
         except Exception as error:
-            if not resumed or _storage_problem(error, stage):
+            if not resumed or storage_problem(error, stage.name):
                 raise
             # A kill can leave a half-written file that no later attempt could read: begin once more from nothing.
             say(f"{stage.name}: could not continue after an interruption ({type(error).__name__}); starting it anew")
@@ -286,22 +285,3 @@ def _locked(stage: Stage, progress: Progress) -> Iterator[None]:
             progress(0, 1, "waiting for another process that makes it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _storage_problem(error: BaseException, stage: Stage) -> str:
-    """One line with the remedy when an error comes from a full or unwritable cache folder, else ""."""
-    folder, current = cache_root(), error
-    while current is not None:
-        code = getattr(current, "errno", None)
-        text = str(current).lower()
-        full = code in (errno.ENOSPC, errno.EDQUOT) or "no space left" in text or "os error 28" in text
-        if full:
-            return (
-                f"no space left in {folder} ({free_disk(folder) / 1e9:.1f} GB free) while making {stage.name}: free some there or set "
-                "INFLUENCE_KIT_CACHE to a folder on a larger disk, then run again (finished stages are kept)"
-            )
-        where = str(getattr(current, "filename", None) or "")
-        if code in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR) and where.startswith(str(folder)):
-            return f"cannot write to {where}: make it writable or set INFLUENCE_KIT_CACHE to a folder that is"
-        current = current.__cause__ or current.__context__
-    return ""

@@ -1,5 +1,6 @@
 """What the machine offers (cores, memory, disk) and what a process takes of it."""
 
+import errno
 import importlib
 import os
 import platform
@@ -76,6 +77,25 @@ def free_disk(folder: Path) -> int:
     """Free bytes on the disk that holds this folder, or will hold it once made."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     return shutil.disk_usage(existing).free
+
+
+def storage_problem(error: BaseException | None, name: str) -> str:
+    """One line with the remedy when an error comes from a full or unwritable cache folder, else ""; name: of the stage."""
+    folder = cache_root()
+    while error is not None:
+        code, text = getattr(error, "errno", None), str(error).lower()
+        # Libraries that write by themselves tell it in words alone.
+        if code in (errno.ENOSPC, errno.EDQUOT) or "no space left" in text or "os error 28" in text:
+            return (
+                f"no space left in {folder} ({free_disk(folder) / 1e9:.1f} GB free) while making {name}: free some "
+                "there or set INFLUENCE_KIT_CACHE to a folder on a larger disk, then run again (finished stages are kept)"
+            )
+        where = str(getattr(error, "filename", None) or "")
+        unwritable = code in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR)
+        if unwritable and where.startswith(str(folder)):
+            return f"cannot write to {where}: make it writable or set INFLUENCE_KIT_CACHE to a folder that is"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def reset_peak_memory() -> None:

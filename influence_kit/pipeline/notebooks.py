@@ -61,6 +61,7 @@ def known_parameters(path: Path) -> dict[str, dict]:
     """The parameters that a notebook's `parameters` cell declares: name -> inferred_type_name, default, help."""
     import papermill
 
+    read_cells(path)
     return papermill.inspect_notebook(str(path))
 
 

@@ -74,7 +74,7 @@ def needed(stages: Iterable[Stage], force_kinds: Collection[str] = (), verify: b
 def chain_seconds(stages: Mapping[str, Stage]) -> dict[str, float]:
     """For each stage (given inputs first) the estimated seconds of the longest chain that begins with it."""
     longest = {key: stage.cost.seconds for key, stage in stages.items()}
-    for stage in reversed(stages.values()):
+    for stage in reversed(list(stages.values())):
         for below in stage.inputs.values():
             if below.fingerprint in longest:
                 candidate = below.cost.seconds + longest[stage.fingerprint]

@@ -71,7 +71,10 @@ def legend_below(fig: "Figure", axes, columns: int = 6) -> None:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     if found:
-        fig.legend(found.values(), found.keys(), loc="outside lower center", ncols=min(columns, len(found)))
+        # Inches an entry takes at the legend's size: as many columns as fit, or long names would run off the figure.
+        widths = [0.55 + 0.075 * len(label) for label in found]
+        fitting = [n for n in range(1, min(columns, len(found)) + 1) if n * max(widths) <= fig.get_figwidth()]
+        fig.legend(found.values(), found.keys(), loc="outside lower center", ncols=max(fitting, default=1))
 
 
 def label_panels(fig: "Figure", axes, used: int, xlabel: str, ylabel: str) -> None:

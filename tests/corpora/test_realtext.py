@@ -17,7 +17,11 @@ from tests.corpora.test_debian import make_deb
 SWITCH = ('Hold <span class="switchinline"><span hidden="true" id="MACx1" class="MAC"><span class="keycode">Alpha</span>'
           '</span><span hidden="true" id="defaultx1"><span class="keycode">Beta</span></span></span> while the copper '
           "kettle sings its song.")
-MARKUP = ("The <em>amber</em> kettle&nbsp;sings &amp; the\n   lamp answers:<br>x<sup>2</sup> lies <img src='i.png'/>"
+NO_DEFAULT = ('<span class="switchinline"><span hidden="true" id="MACx2" class="MAC">Never</span></span>'
+              '<span class="switchinline"><span hidden="true" id="MACx3" class="MAC">Never</span>'
+              '<span hidden="true" id="WRITERx3" class="WRITER">Then</span>'
+              '<span hidden="true" id="CALCx3" class="CALC">Else</span></span> ')
+MARKUP = (NO_DEFAULT + "the <em>amber</em> kettle&nbsp;sings &amp; the\n   lamp answers:<br>x<sup>2</sup> lies <img src='i.png'/>"
           "under <a href='y'>the table &lt;b&gt;</a>.")
 ENGLISH = {
     "a": "The copper kettle sings when the morning is cold enough.",
@@ -92,7 +96,7 @@ def test_pairs_of_the_help(debs):
     assert korean == {key: KOREAN[key] for key in ("a", "c")}, "Korean paragraphs may be shorter, but not any length"
     assert set(english) == set(german) | set(korean), "English rows are those with a translation"
     assert english["b"] == "Hold Beta while the copper kettle sings its song."
-    assert english["c"] == "The amber kettle sings & the lamp answers: x^2 lies under the table <b>."
+    assert english["c"] == "Then the amber kettle sings & the lamp answers: x^2 lies under the table <b>."
     assert set(table["source"].to_pylist()) == {f"libreoffice-help-{name} 1:7.4-1" for name in ("en-us", "de", "ko")}
     assert [row["language"] for row in table.to_pylist()] == ["en-us"] * 4 + ["de"] * 4 + ["ko"] * 2
 
