@@ -27,6 +27,17 @@ case "${1-}" in
   run | stages | test | doctor) ;;
   *) set -- run "$@" ;;
 esac
+# A misspelt profile should not cost an installation first.
+before=
+for word in "$@"; do
+  case "$before $word" in
+    "--profile "*.y*ml | *" --profile="*.y*ml) ;;
+    "--profile "* | *" --profile="*)
+      [ -f "influence_kit/pipeline/profiles/${word#--profile=}.yaml" ] ||
+        fail "profile '${word#--profile=}' is not known: choose one of $(basename -s .yaml influence_kit/pipeline/profiles/*.yaml | tr '\n' ' ')or give the path of a YAML file" ;;
+  esac
+  before=$word
+done
 # The checkout's own package wins over any installed copy; sets of strings come in the same order in every run.
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" PYTHONHASHSEED=0
 
@@ -83,7 +94,7 @@ with_venv() {
   : >.venv/.installing
   if ! with_pip .venv/bin/python; then
     rm -f .venv/.installing
-    cause=$(grep -E '^ERROR|No space left' "$log" | tail -n 1 || true)
+    cause=$(grep -m 1 -E '^ERROR|No space left' "$log" || true)
     fail "pip could not install the pinned packages (${cause:-see the log}): check the network or PIP_INDEX_URL and the free disk, then run again; log: $here/$log"
   fi
   rm -f .venv/.installing

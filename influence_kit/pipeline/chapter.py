@@ -195,13 +195,13 @@ def _kept(batch: dict) -> list[list[int]]:
 class Chapter:
     """A notebook's own place: `atlas(...)` and `text(...)` give models, `figure` and `claim` keep what it found.
 
-    name: the notebook's stem; profile and seeds as on the command line. Files go where INFLUENCE_KIT_FIGURES says (set
+    name: the notebook's stem; profile, seeds and real_text as on the command line. Files go where INFLUENCE_KIT_FIGURES says (set
     by run_all.sh), else to figures/scratch/.
     """
 
-    def __init__(self, name: str, profile: str = "laptop", seeds: list[int] | None = None):
+    def __init__(self, name: str, profile: str = "laptop", seeds: list[int] | None = None, real_text: bool = True):
         self.name = name
-        self.profile = load_profile(profile, seeds, os.environ.get("INFLUENCE_KIT_WITHOUT_REAL_TEXT") != "1")
+        self.profile = load_profile(profile, seeds, real_text and os.environ.get("INFLUENCE_KIT_WITHOUT_REAL_TEXT") != "1")
         chosen = os.environ.get("INFLUENCE_KIT_FIGURES")
         self.folder = Path(chosen) if chosen else (repository() or Path.cwd()) / "figures" / "scratch"
         self.claims: list[Claim] = []

@@ -235,7 +235,18 @@ def text_is_in_reach(todo: Sequence[Stage]) -> None:
                 raise UserError(problem)
 
 
-CHECKS = (text_is_in_reach,)
+def device_is_there(todo: Sequence[Stage]) -> None:
+    """Before any work: raise UserError when stages want a GPU and there is none."""
+    wanted = {stage.parameters.get("device", "cpu") for stage in todo} - {"cpu"}
+    if not wanted:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(f"this profile computes on {', '.join(sorted(wanted))} and torch finds no GPU: use --profile laptop")
+
+
+CHECKS = (text_is_in_reach, device_is_there)
 READS: dict[str, Callable[[Profile], list[Trained]]] = {
     "00_start_here": _start_here,
     "01_worlds_and_models": _worlds_and_models,

@@ -1,5 +1,8 @@
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -12,6 +15,7 @@ from influence_kit.pipeline.publish import publish, read_claims, verdict_table
 from influence_kit.pipeline.run import RunFailed, run_stages
 from tests.pipeline.tiny_stages import stage
 
+REPOSITORY = Path(__file__).parents[2]
 PARAMETERS = (
     "profile: str = 'laptop'  # the profile\nseeds: list = [0, 1, 2]\nscale = 2.0  # of the noise\ncount: int = 3"
 )
@@ -145,6 +149,34 @@ def test_a_dead_kernel_is_told_as_memory(tmp_path):
     assert "stage 02_bad: MemoryError: the chapter's kernel died, usually out of memory; it needs about 1.5 GB" in str(
         failure
     )
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_no_kernel_outlives_a_killed_run(tmp_path):
+    write_notebook(
+        tmp_path,
+        "02_long",
+        "import os, time\nopen(os.environ['TINY_CALLS'], 'w').write(str(os.getpid()))\ntime.sleep(99)",
+    )
+    script = tmp_path / "run.py"
+    script.write_text(
+        "from pathlib import Path\nfrom influence_kit.pipeline.notebooks import chapter_stage\n"
+        "from influence_kit.pipeline.run import run_stages\nif __name__ == '__main__':\n"
+        f"    run_stages([chapter_stage(Path({str(tmp_path / '02_long.ipynb')!r}), {{}}, {{}}, [])], jobs=1)\n"
+    )
+    run = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    told, deadline = Path(os.environ["TINY_CALLS"]), time.monotonic() + 60
+    while not (told.exists() and told.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    kernel = Path("/proc", told.read_text())
+    assert kernel.exists()
+    run.kill()
+    run.wait()
+    deadline = time.monotonic() + 10
+    while kernel.exists() and "Z" not in (kernel / "stat").read_text().rpartition(")")[2].split()[:1]:
+        assert time.monotonic() < deadline, "the kernel lives on"
+        time.sleep(0.1)
 
 
 # --- parameters

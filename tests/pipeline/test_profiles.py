@@ -1,0 +1,88 @@
+"""Profiles: all that ship are valid, unknown keys and names are refused in one line; grids follow from them."""
+
+import pytest
+import yaml
+
+from influence_kit.errors import UserError
+from influence_kit.pipeline import grid
+from influence_kit.pipeline.profiles import FOLDER, load_profile, profile_names
+
+
+def test_the_promised_profiles_ship_and_are_valid():
+    assert {"smoke", "laptop", "gpu", "hub"} <= set(profile_names())
+    for name in profile_names():
+        profile = load_profile(name)
+        assert profile.name == name and profile.seeds
+    assert len(load_profile("laptop").seeds) >= 3
+
+
+def test_unknown_profile_lists_the_known_ones():
+    with pytest.raises(UserError, match=r"'labtop' is not known: choose one of .*laptop.*smoke"):
+        load_profile("labtop")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("atlas", "world", "entitys"), 5, "unknown parameter 'entitys'; known are .*entities"),
+        (("atlas", "world", "seed"), 5, "unknown parameter 'seed'"),
+        (("atlas", "world", "noise_share"), 2, "noise_share=2"),
+        (("atlas", "family", "recipe", "lr"), 5, "unknown parameter 'lr'"),
+        (("atlas", "scan", "damping"), -1, "damping"),
+        (("colour",), "red", "colour: Extra inputs"),
+        (("atlas", "family", "architecture"), "rnn", "'rnn' is not one of"),
+    ],
+)
+def test_bad_profiles_name_the_key_and_the_remedy(tmp_path, place, value, message):
+    content = yaml.safe_load((FOLDER / "smoke.yaml").read_text())
+    inner = content
+    for key in place[:-1]:
+        inner = inner.setdefault(key, {})
+    inner[place[-1]] = value
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=message) as error:
+        load_profile(str(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("seeds", [[], [1, 1], [-1]])
+def test_bad_seeds_are_refused(seeds):
+    with pytest.raises(UserError, match="seeds"):
+        load_profile("smoke", seeds)
+
+
+def test_other_seeds_make_other_stages_and_share_the_text():
+    ours, theirs = load_profile("smoke", [1, 2]), load_profile("smoke", [2, 3])
+    first, second = ({s.fingerprint: s for s in grid.stages_for(p, "05_cross_lingual")} for p in (ours, theirs))
+    shared = {stage.label for fingerprint, stage in first.items() if fingerprint in second}
+    assert shared and all("seed 2" in label or label == "real text" for label in shared)
+
+
+def test_without_real_text_nothing_reads_it():
+    profile = load_profile("smoke", real_text=False)
+    for chapter in grid.CHAPTERS:
+        assert not any(stage.kind == "text" for stage in grid.stages_for(profile, chapter))
+
+
+def test_inputs_come_before_what_is_made_of_them():
+    for chapter in grid.CHAPTERS:
+        seen = set()
+        for stage in grid.stages_for(load_profile("laptop"), chapter):
+            assert all(below.fingerprint in seen for below in stage.inputs.values())
+            seen.add(stage.fingerprint)
+
+
+def test_a_text_folder_that_is_not_there_is_said_before_any_work(tmp_path):
+    content = yaml.safe_load((FOLDER / "smoke.yaml").read_text())
+    content["text"] |= {"source": "folder", "folder": str(tmp_path / "missing")}
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(content))
+    stages = grid.stages_for(load_profile(str(path)), "05_cross_lingual")
+    with pytest.raises(UserError, match="does not exist"):
+        grid.text_is_in_reach(stages)
+
+
+def test_every_chapter_has_a_notebook_and_every_notebook_a_grid():
+    notebooks = {path.stem for path in (FOLDER.parents[2] / "notebooks").glob("*.ipynb")}
+    assert notebooks == set(grid.CHAPTERS)
