@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     import pandas
 
 
-def tier_lifts(world: World, values: np.ndarray, rows: np.ndarray, queries: np.ndarray, top: float = 0.01) -> pandas.DataFrame:
+def tier_lifts(
+    world: World, values: np.ndarray, rows: np.ndarray, queries: np.ndarray, top: float = 0.01
+) -> pandas.DataFrame:
     """One row per scored Atlas query: lift in the top share of the scan of three kinds of sequence.
 
     values [Q, N] are scores of the sequences at `rows` for the queries at `queries`. Columns: `other` (states the fact in the

@@ -201,7 +201,9 @@ class Chapter:
 
     def __init__(self, name: str, profile: str = "laptop", seeds: list[int] | None = None, real_text: bool = True):
         self.name = name
-        self.profile = load_profile(profile, seeds, real_text and os.environ.get("INFLUENCE_KIT_WITHOUT_REAL_TEXT") != "1")
+        self.profile = load_profile(
+            profile, seeds, real_text and os.environ.get("INFLUENCE_KIT_WITHOUT_REAL_TEXT") != "1"
+        )
         chosen = os.environ.get("INFLUENCE_KIT_FIGURES")
         self.folder = Path(chosen) if chosen else (repository() or Path.cwd()) / "figures" / "scratch"
         self.claims: list[Claim] = []

@@ -36,8 +36,10 @@ class Trained:
     @property
     def stages(self) -> list[Stage]:
         """Everything this model is made of."""
-        inputs = list(self.world.inputs.values())
-        return [*inputs, self.world, self.model, *self.influence.values()]
+        below = [self.world]
+        while below[0].inputs:
+            below = [*below[0].inputs.values(), *below]
+        return [*below, self.model, *self.influence.values()]
 
 
 def atlas_grid(
@@ -121,12 +123,39 @@ def _trained(
     profile: Profile, corpus: str, arm: str, seed: int, size: Size, world: Stage, fractions: Iterable[float]
 ) -> Trained:
     grid = profile.atlas if corpus == "atlas" else profile.text
+    if size.pretrained:
+        return _pretrained(profile, grid.scan, seed, size, world, fractions)
     name = f"{corpus} {arm} {size.width}x{size.depth}, seed {seed}"
     model = _model(grid.family, grid.scan, seed, size, world, name, profile.device)
     scans = {
         fraction: _influence(profile, grid.scan, arm, seed, world, model, fraction, name) for fraction in fractions
     }
     return Trained(corpus, arm, seed, size, world, model, scans)
+
+
+def _pretrained(
+    profile: Profile, scan: Scan, seed: int, size: Size, world: Stage, fractions: Iterable[float]
+) -> Trained:
+    """A model from elsewhere, and the real-text world in its own tokens."""
+    name, source = f"{Path(size.pretrained).name}, seed {seed}", {"source": size.pretrained}
+    own = {**source, "length": world.parameters["length"]}
+    cost = Cost(60, 2_000_000_000, world.cost.disk_bytes)
+    world = Stage(
+        "world", f"{HOME}.pretrained:retokenise", own, {"world": world}, cost=cost, label=f"text world for {name}"
+    )
+    label = f"load {name}"
+    cost = Cost(600, 16_000_000_000, 8_000_000_000)
+    model = Stage(
+        "model", f"{HOME}.pretrained:pretrained", {**source, "seed": seed}, {"world": world}, cost=cost, label=label
+    )
+    scans = {}
+    for fraction in fractions:
+        parameters = {"fraction": fraction, "seed": seed, "fit": scan.fit, "sequences": scan.sequences}
+        parameters |= {"damping": scan.damping, "layers": scan.layers, "device": profile.device}
+        inputs, label = {"world": world, "model": model}, f"score {name}, {fraction:.0%} of training"
+        cost = Cost(3600, 32_000_000_000, 4_000_000_000)
+        scans[fraction] = Stage("influence", f"{HOME}.influence:influence", parameters, inputs, cost=cost, label=label)
+    return Trained("text", "base", seed, size, world, model, scans)
 
 
 def _model(family: Family, scan: Scan, seed: int, size: Size, world: Stage, name: str, device: str) -> Stage:
@@ -243,7 +272,9 @@ def device_is_there(todo: Sequence[Stage]) -> None:
     import torch
 
     if not torch.cuda.is_available():
-        raise UserError(f"this profile computes on {', '.join(sorted(wanted))} and torch finds no GPU: use --profile laptop")
+        raise UserError(
+            f"this profile computes on {', '.join(sorted(wanted))} and torch finds no GPU: use --profile laptop"
+        )
 
 
 CHECKS = (text_is_in_reach, device_is_there)

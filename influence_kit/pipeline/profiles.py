@@ -22,11 +22,12 @@ class _Strict(BaseModel):
 
 
 class Size(_Strict):
-    """Width and depth of one model, and its peak learning rate."""
+    """One model of a family: width, depth and peak learning rate, or `pretrained`, a folder or hub name (real text only)."""
 
-    width: int = Field(ge=16, multiple_of=16)
-    depth: int = Field(ge=1)
+    width: int = Field(16, ge=16, multiple_of=16)
+    depth: int = Field(1, ge=1)
     learning_rate: float = Field(3e-3, gt=0)
+    pretrained: str = ""
 
 
 class Family(_Strict):
@@ -72,6 +73,8 @@ class AtlasGrid(_Strict):
 
     @model_validator(mode="after")
     def _known(self):
+        if any(size.pretrained for size in self.family.sizes):
+            raise ValueError("Atlas has words of its own: pretrained models read real text only")
         for changes in ({}, *(arm.world for arm in self.arms.values())):
             _check(Atlas, {**self.world, **changes}, "world", never=("seed",))
         return self
@@ -89,6 +92,8 @@ class TextGrid(_Strict):
     @model_validator(mode="after")
     def _known(self):
         _check(ParallelText, self.world, "world", never=("seed",))
+        if self.scan.fractions and any(size.pretrained for size in self.family.sizes):
+            raise ValueError("pretrained models have no checkpoints along training: scan.fractions must be empty")
         return self
 
 

@@ -7,7 +7,16 @@ from influence_kit.corpora.atlas import STATEMENT, Atlas, build, namesakes, supp
 from influence_kit.corpora.world import World, batch_of, token_matrix
 from influence_kit.errors import UserError
 
-SMALL = {"entities": 24, "relations": 2, "values": 8, "documents": 2000, "most_supporters": 300, "queries": 6, "canaries": 1, "held_out": 50}
+SMALL = {
+    "entities": 24,
+    "relations": 2,
+    "values": 8,
+    "documents": 2000,
+    "most_supporters": 300,
+    "queries": 6,
+    "canaries": 1,
+    "held_out": 50,
+}
 
 
 def make(**changes) -> World:
@@ -50,7 +59,9 @@ def test_every_statement_says_its_fact_in_its_language(world):
     """Read the facts back from the text alone: each (entity, relation words, value) triple must be true."""
     words = world.vocabulary
     seen = {}
-    for ids, facts, language in zip(token_matrix(world.sequences), facts_of(world), column(world.sequences, "language"), strict=True):
+    for ids, facts, language in zip(
+        token_matrix(world.sequences), facts_of(world), column(world.sequences, "language"), strict=True
+    ):
         if language < 0:
             continue
         for place, fact in enumerate(facts):
@@ -111,7 +122,9 @@ def test_shuffled_world_has_nothing_to_know():
     made = make(shuffled=True)
     tokens, stated, language = token_matrix(made.sequences), facts_of(made), column(made.sequences, "language")
     fact = np.bincount(stated[stated >= 0]).argmax()
-    values = {int(tokens[n, 1 + p * 6 + 4]) for n, p in zip(*np.nonzero(stated == fact), strict=True) if language[n] == 0}
+    values = {
+        int(tokens[n, 1 + p * 6 + 4]) for n, p in zip(*np.nonzero(stated == fact), strict=True) if language[n] == 0
+    }
     assert len(values) == 8
 
 
@@ -124,7 +137,9 @@ def test_canaries_are_repeated_as_often_as_asked(world):
     assert queries["repetitions"].tolist() == [1, 4, 16, 64]
 
 
-@pytest.mark.parametrize(("order", "values_first"), [("forward", 0.0), ("reverse", 1.0), ("both", 0.5), ("identity", 0.0)])
+@pytest.mark.parametrize(
+    ("order", "values_first"), [("forward", 0.0), ("reverse", 1.0), ("both", 0.5), ("identity", 0.0)]
+)
 def test_order_of_entity_and_value(order, values_first):
     made = make(order=order)
     tokens, kind = token_matrix(made.sequences), column(made.sequences, "kind")
@@ -157,7 +172,11 @@ def test_supporters_and_namesakes_agree_with_a_plain_loop(world):
 def test_query_mask_marks_the_completion_and_nothing_else(world):
     batch = batch_of(world.queries)
     for ids, mask, prompt, completion in zip(
-        batch["input_ids"], batch["loss_mask"], world.queries["prompt"].to_pylist(), world.queries["completion"].to_pylist(), strict=True
+        batch["input_ids"],
+        batch["loss_mask"],
+        world.queries["prompt"].to_pylist(),
+        world.queries["completion"].to_pylist(),
+        strict=True,
     ):
         assert " ".join(world.pieces(ids[mask].tolist())) == completion
         start = int(mask.nonzero().min())

@@ -13,7 +13,15 @@ WORDS = {
     "de": "die öffnen sichern datei menü drücken knopf fenster schließen tabelle".split(),
     "ko": "그 열기 저장 파일 메뉴 누르기 단추 창 닫기 표".split(),
 }
-PARAMETERS = {"languages": ("en", "de", "ko"), "pairs": 60, "held_out": 8, "queries": 5, "scan": 30, "length": 24, "vocabulary": 400}
+PARAMETERS = {
+    "languages": ("en", "de", "ko"),
+    "pairs": 60,
+    "held_out": 8,
+    "queries": 5,
+    "scan": 30,
+    "length": 24,
+    "vocabulary": 400,
+}
 
 
 def sentences() -> pa.Table:
@@ -24,7 +32,13 @@ def sentences() -> pa.Table:
         for language, words in WORDS.items():
             if language == "ko" and pair % 20 == 0:
                 continue  # four pairs are missing in one language
-            rows.append({"pair_id": f"p{pair:03d}", "language": language, "text": " ".join(words[i] for i in chosen) + f" {pair}"})
+            rows.append(
+                {
+                    "pair_id": f"p{pair:03d}",
+                    "language": language,
+                    "text": " ".join(words[i] for i in chosen) + f" {pair}",
+                }
+            )
     return pa.Table.from_pylist(rows)
 
 
@@ -51,7 +65,9 @@ def test_translations_are_found_in_the_scan(world):
     rows = np.flatnonzero(world.sequences["scan"].to_numpy(zero_copy_only=False))
     languages, pairs = (world.sequences[name].to_numpy(zero_copy_only=False)[rows] for name in ("language", "pair_id"))
     for language, place in aligned(world, rows).items():
-        for query, (pair, asked) in enumerate(zip(world.queries["pair_id"].to_pylist(), world.queries["language"].to_pylist(), strict=True)):
+        for query, (pair, asked) in enumerate(
+            zip(world.queries["pair_id"].to_pylist(), world.queries["language"].to_pylist(), strict=True)
+        ):
             if asked == language:
                 assert place[query] == -1
             else:
@@ -60,7 +76,12 @@ def test_translations_are_found_in_the_scan(world):
 
 def test_text_survives_the_tokens(world):
     batch = batch_of(world.sequences, [0, 50, 100])
-    for ids, mask, text in zip(batch["input_ids"], batch["loss_mask"], world.sequences["text"].take(pa.array([0, 50, 100])).to_pylist(), strict=True):
+    for ids, mask, text in zip(
+        batch["input_ids"],
+        batch["loss_mask"],
+        world.sequences["text"].take(pa.array([0, 50, 100])).to_pylist(),
+        strict=True,
+    ):
         pieces = world.pieces(ids[: int(mask.nonzero().max()) + 1].tolist())
         assert "".join(piece for piece in pieces if piece not in ("<bos>", "<eos>")) == text
     assert token_matrix(world.sequences).max() < world.vocabulary_size

@@ -92,7 +92,14 @@ def test_a_chapter_runs_alone_in_papermill_with_another_parameter(first, tmp_pat
     try:
         parameters = {"profile": "smoke", "top": 0.05, "real_text": False}
         source = ROOT / "notebooks" / "05_cross_lingual.ipynb"
-        papermill.execute_notebook(str(source), str(tmp_path / "out.ipynb"), parameters, kernel_name="python3", cwd=str(ROOT), progress_bar=False)
+        papermill.execute_notebook(
+            str(source),
+            str(tmp_path / "out.ipynb"),
+            parameters,
+            kernel_name="python3",
+            cwd=str(ROOT),
+            progress_bar=False,
+        )
     finally:
         del os.environ["INFLUENCE_KIT_FIGURES"]
     ours = pandas.read_parquet(tmp_path / "05_x_by_size.parquet")
