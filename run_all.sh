@@ -9,7 +9,7 @@ usage() {
     Train, fit, score, execute the chapters, write figures/<profile>/ and print the verdicts (profile: laptop).
 ./run_all.sh stages [the same, without -p]   the stages alone, without notebooks
 ./run_all.sh test [pytest's options]         the test suite
-./run_all.sh doctor                          what this machine has and lacks; installs nothing
+./run_all.sh doctor                          make the environment; say what this machine has and lacks
 
 The active Python is used if it has the versions of constraints.txt; else .conda/ (where conda, mamba or micromamba is
 found) or .venv/ is made beside this script, once. What is computed is kept in .cache/influence_kit, or in the folder
@@ -101,27 +101,29 @@ with_venv() {
   stamp >.venv/.stamp
 }
 
-if [ "$1" = doctor ]; then
-  python=$(existing || suitable) || fail "no Python 3.11, 3.12 or 3.13 found: install one, then run again"
-  shift
-  exec "$python" -m influence_kit.pipeline.doctor "$@"
-fi
-
-if ! python=$(existing); then
+make_environment() {
   mkdir -p .cache
   if command -v flock >/dev/null; then  # two runs must not install at once
     exec 9>.cache/install.lock
     flock -n 9 || { echo "another installation is under way; waiting for it" >&2; flock 9; }
   fi
-  if ! python=$(existing); then
+  if ! existing >/dev/null; then
     : >"$log"
     conda=$(command -v micromamba || command -v mamba || command -v conda || true)
     if [ -z "$conda" ] || ! with_conda "${conda##*/}"; then
       [ -z "$conda" ] || echo "$conda could not make it (log: $log); trying .venv/" >&2
       with_venv
     fi
-    python=$(existing) || fail "the environment is still not the one of constraints.txt (log: $log): delete .venv and .conda, then run again"
   fi
   exec 9>&- || true
+}
+
+if [ "$1" = doctor ]; then  # what it has to say matters most where the environment cannot be made
+  shift
+  existing >/dev/null || (make_environment) || true
+  python=$(existing || suitable) || fail "no Python 3.11, 3.12 or 3.13 found: install one, then run again"
+  exec "$python" -m influence_kit.pipeline.doctor "$@"
 fi
+existing >/dev/null || make_environment
+python=$(existing) || fail "the environment is still not the one of constraints.txt (log: $log): delete .venv and .conda, then run again"
 exec "$python" -m influence_kit "$@"
