@@ -10,6 +10,7 @@ Review 51(4), equations 3.1 and 3.9 and sections 3.3 and 4.1.
 
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -173,10 +174,19 @@ def ks_p_value(tail: Tail, values, draws: int = 1000, seed: int = 0) -> float:
             length = _search(sample)
             simulated[draw] = _ks((np.log(sample[:length] / sample[length - 1]))[::-1])[1]
     else:
-        # The smallest of the top values is xmin itself, and the distance of a refit does not depend on the exponent.
-        excess = np.sort(rng.exponential(1.0, (draws, tail.count - 1)), axis=1)
-        simulated = _ks(np.concatenate([np.zeros((draws, 1)), excess], axis=1))[1]
+        simulated = _simulated_distances(tail.count, draws, seed)
     return float((1 + (simulated >= tail.ks).sum()) / (draws + 1))
+
+
+@lru_cache(maxsize=8)
+def _simulated_distances(count: int, draws: int, seed: int) -> np.ndarray:
+    """KS distances of refitted power laws, [draws].
+
+    The smallest of the top values is xmin itself, and the distance of a refit does not depend on the exponent: one set
+    of draws serves every tail of the same length.
+    """
+    excess = np.sort(np.random.default_rng(seed).exponential(1.0, (draws, count - 1)), axis=1)
+    return _ks(np.concatenate([np.zeros((draws, 1)), excess], axis=1))[1]
 
 
 def likelihood_ratios(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -164,7 +165,7 @@ class Run:
                     row.score,
                     int(order[row.sequence]),
                     row.nats_per_copy,
-                    100 * (1 - (order[row.sequence] - 1) / len(order)),
+                    round(100 * (1 - (order[row.sequence] - 1) / len(order)), 2),
                     language_name(facts["language"]),
                     facts.get("kind", ""),
                     int(lexical[row.sequence]),
@@ -200,6 +201,8 @@ class Chapter:
     """
 
     def __init__(self, name: str, profile: str = "laptop", seeds: list[int] | None = None, real_text: bool = True):
+        # transformers asks for widgets that no executed notebook can keep.
+        warnings.filterwarnings("ignore", message="IProgress not found")
         self.name = name
         self.profile = load_profile(
             profile, seeds, real_text and os.environ.get("INFLUENCE_KIT_WITHOUT_REAL_TEXT") != "1"

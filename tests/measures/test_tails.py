@@ -112,7 +112,7 @@ def test_likelihood_ratios_have_the_right_sign(capsys):
 def test_likelihood_ratios_are_right_for_exponents_above_three():
     """powerlaw 2.0.0 stops at 3 by default: this sample's ratio was then -12.3 instead of 3.1."""
     values = pareto(5.5, 4000, seed=2)
-    ratio, p = tails.likelihood_ratios(values, top=1000, alternatives=("exponential",))["exponential"]
+    ratio, _ = tails.likelihood_ratios(values, top=1000, alternatives=("exponential",))["exponential"]
     excess = np.sort(values)[-1000:] / np.sort(values)[-1000]
     exponent = 1 + 1000 / np.log(excess).sum()
     power = np.log(exponent - 1) - exponent * np.log(excess)
