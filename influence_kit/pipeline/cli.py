@@ -4,7 +4,7 @@ import errno
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -94,6 +94,15 @@ def _check_force(names: Sequence[str], stages: Iterable, chapters: Sequence[str]
     return forced
 
 
+def _check_own(given: Mapping[str, object]) -> None:
+    """A model or texts of the user's own are tried before the minutes that stages take. Raises UserError."""
+    own = {name: given[name] for name in ("model", "texts", "prompt", "completion", "length", "limit") if name in given}
+    if any(own.get(name) for name in ("model", "texts", "completion")):
+        from influence_kit.corpora.own import own_world
+
+        own_world(**{"model": "", "texts": "", "prompt": "", "completion": ""} | own)
+
+
 @app.command()
 def run(
     profile: Profile = "laptop",
@@ -125,6 +134,8 @@ def run(
         always["seeds"] = numbers
     paths = [root / "notebooks" / f"{chapter}.ipynb" for chapter in chapters]
     chosen = notebooks.chosen_parameters(paths, _assignments(parameter), always)
+    for given in chosen.values():
+        _check_own(given)
     content = settings.model_dump(mode="json")
     executions = [
         notebooks.chapter_stage(path, chosen[path.stem], content, stages_for(settings, path.stem)) for path in paths

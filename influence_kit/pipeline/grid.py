@@ -233,7 +233,7 @@ def _start_here(profile: Profile) -> list[Trained]:
 
 
 def _worlds_and_models(profile: Profile) -> list[Trained]:
-    return atlas_grid(profile, fractions=()) + text_grid(profile, fractions=())
+    return atlas_grid(profile, ("base", "shuffled"), fractions=()) + text_grid(profile, fractions=())
 
 
 def _heavy_tails(profile: Profile) -> list[Trained]:

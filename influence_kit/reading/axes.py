@@ -117,7 +117,7 @@ def draw_series(
             ax.fill_between(at, low, high, color=colour, alpha=0.18, linewidth=0)
         else:
             ax.vlines(at, low, high, color=colour, linewidth=1.6)
-    ax.plot(at, value, line, color=colour, label=label, marker=marker)
+    ax.plot(at, value, linestyle=line or "none", color=colour, label=label, marker=marker)
 
 
 def draw_references(ax: "Axes", references: Mapping[str, float] | None, skip: int = 0) -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import warnings
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,19 +86,30 @@ def write_atomic(path: Path, data: bytes) -> Path:
     return path
 
 
-class SavedFigure(dict):
-    """{'name', 'alt', 'png', 'svg', 'parquet', 'csv'}; as a cell's last value it shows the PNG with its alt text.
+@dataclass(frozen=True, repr=False)
+class SavedFigure:
+    """A figure's files and its alt text; as a cell's last value it shows the PNG with that text.
 
     Only image/png is offered: notebook viewers that strip styles show it, and nbconvert reads `alt` from the metadata.
     """
 
+    name: str
+    alt: str
+    png: str
+    svg: str
+    parquet: str
+    csv: str
+
+    def __repr__(self) -> str:
+        return self.alt  # what an executed notebook keeps as text: no path of the machine that made it
+
     def _repr_mimebundle_(self, include=None, exclude=None):
         from matplotlib.image import imread
 
-        data = Path(self["png"]).read_bytes()
+        data = Path(self.png).read_bytes()
         width = round(imread(io.BytesIO(data)).shape[1] * STYLE["figure.dpi"] / STYLE["savefig.dpi"])
-        bundle = {"image/png": base64.b64encode(data).decode(), "text/plain": self["alt"]}
-        return bundle, {"image/png": {"alt": self["alt"], "width": width}}
+        bundle = {"image/png": base64.b64encode(data).decode(), "text/plain": self.alt}
+        return bundle, {"image/png": {"alt": self.alt, "width": width}}
 
 
 def save_figure(

@@ -36,25 +36,25 @@ def test_same_bytes_twice_and_nothing_half_written(tmp_path, monkeypatch):
     monkeypatch.setitem(rcParams, "axes.linewidth", 7)
     second = save(tmp_path / "b")
     for kind in ("png", "svg", "parquet", "csv"):
-        a, b = (open(saved[kind], "rb").read() for saved in (first, second))
+        a, b = (open(getattr(saved, kind), "rb").read() for saved in (first, second))
         assert a == b and len(a) > 50, kind
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["lift.csv", "lift.parquet", "lift.png", "lift.svg"]
 
 
 def test_every_file_carries_what_explains_it(tmp_path):
     saved = save(tmp_path)
-    info = Image.open(saved["png"]).text
+    info = Image.open(saved.png).text
     assert (
         info["Description"] == ALT and info["Provenance"] == '{"seed": 3, "stage": "scan"}' and "Software" not in info
     )
-    svg = open(saved["svg"], encoding="utf-8").read()
+    svg = open(saved.svg, encoding="utf-8").read()
     assert ElementTree.fromstring(svg).find("{http://www.w3.org/2000/svg}desc").text == ALT
     assert "<dc:date>" not in svg and "seed" in svg
-    kept = pyarrow.parquet.read_table(saved["parquet"])
+    kept = pyarrow.parquet.read_table(saved.parquet)
     assert kept.schema.metadata == {b"influence_kit": b'{"seed": 3, "stage": "scan"}'}
     pandas.testing.assert_frame_equal(kept.to_pandas(), table())
-    assert open(saved["csv"]).read().splitlines()[2].split(",")[1] == "0.333333333"  # 9 significant digits
-    assert "1e-05" in open(saved["csv"]).read()
+    assert open(saved.csv).read().splitlines()[2].split(",")[1] == "0.333333333"  # 9 significant digits
+    assert "1e-05" in open(saved.csv).read()
 
 
 def test_notebook_output_has_alt_text_and_a_readable_width(tmp_path):
@@ -72,7 +72,7 @@ def test_refuses_figures_that_nothing_explains(tmp_path):
 def test_mixed_names_and_sizes_share_a_column(tmp_path):
     mixed = pandas.DataFrame({"group": [118_000, "untrained"], "value": [1.0, 2.0]})
     saved = save(tmp_path, table=mixed)
-    assert pyarrow.parquet.read_table(saved["parquet"])["group"].to_pylist() == ["118000", "untrained"]
+    assert pyarrow.parquet.read_table(saved.parquet)["group"].to_pylist() == ["118000", "untrained"]
 
 
 def test_small_numbers_never_become_zero():
@@ -102,7 +102,7 @@ def test_font_named_by_the_user_draws_cjk(tmp_path, monkeypatch, fresh_fonts):
     for label in ("한국", "中文", "plain"):
         rows = pandas.DataFrame({"label": [label], "estimate": [1.0], "low": [0.5], "high": [2.0]})
         saved = save_figure(figures.estimate_bars(rows, xlabel="lift"), tmp_path, "f", rows, ALT, {})
-        drawn.append(numpy.asarray(Image.open(saved["png"]).convert("L")))
+        drawn.append(numpy.asarray(Image.open(saved.png).convert("L")))
     # The probe font draws every character as a full square: DejaVu's hollow box for what it lacks has no such area.
     blocks = [(image[:, :120] < 60).sum() for image in drawn]
     assert min(blocks[:2]) > 2 * blocks[2]
