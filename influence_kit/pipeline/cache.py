@@ -52,7 +52,8 @@ class Stage:
     `name(parameters, inputs, out, progress)` with parameters as JSON gives them back, inputs as folders by name, out
     as the folder to write into; parameters: anything JSON can hold (seed, dtype and device kind among them);
     threads: how many it computes with, whatever the machine has, so that sums come out the same;
-    libraries: those whose versions change its numbers; label: its name for people.
+    libraries: those whose versions change its numbers; label: its name for people; early: tried before longer
+    stages, because it can fail for reasons outside (a network), and should do so before minutes are spent.
     """
 
     kind: str
@@ -63,6 +64,7 @@ class Stage:
     cost: Cost = Cost()
     label: str = ""
     libraries: tuple[str, ...] = LIBRARIES
+    early: bool = False
 
     @cached_property
     def fingerprint(self) -> str:

@@ -93,7 +93,8 @@ def text_stage(profile: Profile) -> Stage:
     if grid.folder:  # so that other files in the same place make another text
         files = sorted(path for path in Path(grid.folder).rglob("*") if path.is_file())
         parameters["files"] = [[path.name, path.stat().st_size] for path in files]
-    return Stage("text", f"{HOME}.text:text", parameters, cost=Cost(30, 600_000_000, 60_000_000), label="real text")
+    cost = Cost(30, 600_000_000, 60_000_000)
+    return Stage("text", f"{HOME}.text:text", parameters, cost=cost, label="real text", early=True)
 
 
 def _atlas(profile: Profile, name: str, changes: dict, seed: int) -> Stage:
@@ -261,7 +262,11 @@ def text_is_in_reach(todo: Sequence[Stage]) -> None:
             from influence_kit.corpora.debian import available
 
             if problem := available():
-                raise UserError(problem)
+                raise UserError(
+                    f"real text cannot be fetched: {problem}; run on Debian or Ubuntu (or in a container of one), put the "
+                    "libreoffice-help-<language>_*.deb files into a folder and name it in a profile of your own "
+                    "(text: {source: debs, folder: …}), or pass --without-real-text"
+                )
 
 
 def device_is_there(todo: Sequence[Stage]) -> None:

@@ -153,7 +153,7 @@ class _Run:
             for stage in self.waiting.values()
             if not any(below.fingerprint in self.unmade for below in stage.inputs.values())
         ]
-        for stage in sorted(ready, key=lambda stage: (-self.order[stage.fingerprint], stage.name)):
+        for stage in sorted(ready, key=lambda stage: (not stage.early, -self.order[stage.fingerprint], stage.name)):
             running = [worker.stage for worker in self.busy() if worker.stage]
             slots = sum(min(other.threads, self.jobs) for other in running) + min(stage.threads, self.jobs)
             memory = sum(other.cost.memory_bytes for other in running) + stage.cost.memory_bytes

@@ -83,6 +83,24 @@ def test_a_text_folder_that_is_not_there_is_said_before_any_work(tmp_path):
         grid.text_is_in_reach(stages)
 
 
+def test_text_that_cannot_be_fetched_is_said_with_the_remedy(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no apt-get anywhere
+    stages = grid.stages_for(load_profile("smoke"), "05_cross_lingual")
+    assert next(stage for stage in stages if stage.kind == "text").early
+    with pytest.raises(UserError, match=r"apt-get is not on this machine.*--without-real-text"):
+        grid.text_is_in_reach(stages)
+    grid.text_is_in_reach([stage for stage in stages if stage.kind != "text"])
+
+
+def test_a_gpu_profile_without_a_gpu_is_refused_before_any_work():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    with pytest.raises(UserError, match="cuda and torch finds no GPU"):
+        grid.device_is_there(grid.stages_for(load_profile("gpu"), "01_worlds_and_models"))
+
+
 def test_every_chapter_has_a_notebook_and_every_notebook_a_grid():
     notebooks = {path.stem for path in (FOLDER.parents[2] / "notebooks").glob("*.ipynb")}
     assert notebooks == set(grid.CHAPTERS)
