@@ -266,7 +266,8 @@ def normalise(notebook) -> list[str]:
 
 
 def _without_places(text: str) -> str:
-    places = [(cache_root(), "<cache>"), (repository(), "."), (sys.prefix, "<environment>"), (Path.home(), "~")]
+    # Inner folders first: the environment and the cache may lie in the checkout.
+    places = [(cache_root(), "<cache>"), (sys.prefix, "<environment>"), (repository(), "."), (Path.home(), "~")]
     for place, name in places:
         # A home of "/" or "/root" inside longer words would spoil text that is no path.
         if place and len(str(place)) > 4:

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import signal
@@ -201,7 +202,9 @@ from influence_kit.pipeline.cli import main
 if __name__ == "__main__":
     sys.exit(main(["stages"]))
 """)
-    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True)
+    # A suite that runs in the background of a script inherits a Ctrl-C that is ignored.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     deadline = time.monotonic() + 30
     while not calls():
         assert time.monotonic() < deadline
