@@ -65,7 +65,7 @@ class LayerFactors:
         if self.Q_A is None or tokens * (m * m + p * p) <= p * m * (m + p):
             a, g = self.rotate(gradients)
             return g.transpose(1, 2) @ a
-        return self.Q_S.T @ (g.transpose(1, 2) @ a) @ self.Q_A
+        return self.Q_S.T @ (g.transpose(1, 2) @ a) @ self.Q_A  # type: ignore[union-attr]
 
     def damped(self, damping: float) -> Tensor:
         """Lambda + damping * mean(Lambda), [P, M']: the paper's damping with damping = 0.1."""
@@ -90,7 +90,7 @@ class Factors:
         def move(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device=device, dtype=dtype)
 
-        layers = {n: LayerFactors(move(f.Q_A), move(f.Q_S), move(f.eigenvalues)) for n, f in self.layers.items()}
+        layers = {n: LayerFactors(move(f.Q_A), move(f.Q_S), move(f.eigenvalues)) for n, f in self.layers.items()}  # type: ignore[arg-type]
         return Factors(layers, self.labels, self.details)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -123,7 +123,7 @@ class Factors:
             layers = {}
             for name in details.pop("order"):
                 parts = (f"{name}/{part}" for part in ("Q_A", "Q_S", "eigenvalues"))
-                layers[name] = LayerFactors(*(file.get_tensor(part) if part in names else None for part in parts))
+                layers[name] = LayerFactors(*(file.get_tensor(part) if part in names else None for part in parts))  # type: ignore[arg-type]
             labels = file.get_tensor("labels") if "labels" in names else None
         return Factors(layers, labels, details)
 
@@ -197,7 +197,7 @@ def fit_ekfac(
             eigenvalues = _second_moments(model, recorder, sequences, drawn, bases, batch_size, report)
     dtype = _working_dtype(model)
     fitted = {
-        name: LayerFactors(*(None if q is None else q.to(dtype) for q in bases[name]), eigenvalues[name].to(dtype))
+        name: LayerFactors(*(None if q is None else q.to(dtype) for q in bases[name]), eigenvalues[name].to(dtype))  # type: ignore[arg-type, call-arg]
         for name in chosen
     }
     return Factors(fitted, drawn, details)
@@ -205,7 +205,7 @@ def fit_ekfac(
 
 def _identity(module: nn.Module) -> LayerFactors:
     p, m = shape_of(module)
-    return LayerFactors(None, None, torch.ones(p, m + (module.bias is not None), device=module.weight.device))
+    return LayerFactors(None, None, torch.ones(p, m + (module.bias is not None), device=module.weight.device))  # type: ignore[arg-type]
 
 
 def _working_dtype(model: nn.Module) -> torch.dtype:
@@ -259,7 +259,7 @@ def _second_moments(model, recorder, sequences, labels, bases, batch_size, repor
     """Second pass: Lambda = mean over sequences of the squared rotated gradient, [P, M'] a layer, float64 sums."""
     total, device, dtype = count(sequences), next(model.parameters()).device, _working_dtype(model)
     rotations = {
-        name: LayerFactors(*(None if q is None else q.to(dtype) for q in pair), torch.empty(0))
+        name: LayerFactors(*(None if q is None else q.to(dtype) for q in pair), torch.empty(0))  # type: ignore[arg-type, call-arg]
         for name, pair in bases.items()
     }
     sums: dict[str, Tensor] = {}

@@ -31,12 +31,12 @@ class TokenGradients(NamedTuple):
 
 def is_linear_map(module: nn.Module) -> bool:
     """True for `nn.Linear` and for GPT-2's `Conv1D`, a linear map that stores its weight transposed."""
-    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and module.weight.ndim == 2)
+    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and module.weight.ndim == 2)  # type: ignore[return-value]
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
     """(P, M): width of the output and of the input of a linear map, bias not counted."""
-    rows, columns = module.weight.shape
+    rows, columns = module.weight.shape  # type: ignore[misc]
     return (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
 
 
@@ -127,7 +127,7 @@ def count(sequences: Mapping[str, Tensor]) -> int:
 
 
 def _column(sequences: Mapping[str, Tensor], name: str, rows: slice) -> Tensor:
-    values = sequences[rows][name] if hasattr(sequences, "column_names") else sequences[name][rows]
+    values = sequences[rows][name] if hasattr(sequences, "column_names") else sequences[name][rows]  # type: ignore[index]
     return torch.as_tensor(values)
 
 

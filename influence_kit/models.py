@@ -197,7 +197,7 @@ def train(
 
 def save_checkpoint(model: nn.Module, folder: Path, step: int) -> None:
     """Write `checkpoint-<step>/` in the transformers layout (safetensors, config.json)."""
-    model.save_pretrained(folder / f"checkpoint-{step}")
+    model.save_pretrained(folder / f"checkpoint-{step}")  # type: ignore[operator]
 
 
 def load(folder: Path, fraction: float = 1.0, device: str = "cpu") -> nn.Module:
@@ -262,7 +262,7 @@ def _write(path: Path, text: str) -> None:
 def _save_state(folder: Path, model: nn.Module, optimiser, curve: dict, step: int) -> None:
     from safetensors.torch import save_file
 
-    tensors = {}
+    tensors = {}  # type: ignore[var-annotated]
     for name, parameter in model.named_parameters():
         state = optimiser.state[parameter]
         tensors |= {

@@ -106,7 +106,7 @@ def score(
     factors = _on(model, factors)
     chosen = _chosen(model, factors)
     whitened, directions = _query_directions(model, factors, chosen, queries, damping, batch_size)
-    query_norm = sum(phi.square().sum(1) for phi in whitened.values()).sqrt()
+    query_norm = sum(phi.square().sum(1) for phi in whitened.values()).sqrt()  # type: ignore[union-attr]
     del whitened
     inverse = {name: 1 / layer.damped(damping).flatten() for name, layer in factors.layers.items()}
     total, device = count(sequences), next(model.parameters()).device
@@ -118,9 +118,9 @@ def score(
             for name, gradients in recorder.gradients(losses.sum()).items():
                 rotated = factors.layers[name].sequence_gradients(gradients).flatten(1)
                 parts.append(directions[name] @ rotated.T)
-                norm = norm + rotated.square() @ inverse[name]
-            values.append(sum(parts).cpu())
-            norms.append(norm.cpu())
+                norm = norm + rotated.square() @ inverse[name]  # type: ignore[assignment]
+            values.append(sum(parts).cpu())  # type: ignore[union-attr]
+            norms.append(norm.cpu())  # type: ignore[attr-defined]
             if by_layer:
                 layer_values.append(torch.stack(parts, 2).cpu())
             if progress:
@@ -162,8 +162,8 @@ def token_scores(
             for name, gradients in recorder.gradients(losses.sum()).items():
                 a, g = factors.layers[name].rotate(gradients)
                 direction = directions[name].view(g.shape[2], a.shape[2])
-                summed = summed + ((g @ direction) * a).sum(2)
-            found.append(summed.cpu())
+                summed = summed + ((g @ direction) * a).sum(2)  # type: ignore[assignment]
+            found.append(summed.cpu())  # type: ignore[attr-defined]
     return torch.cat(found)
 
 

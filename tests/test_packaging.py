@@ -181,3 +181,9 @@ def test_scripts_are_sound_and_executable(script):
 def test_help_needs_no_environment(tmp_path):
     shown = subprocess.run([ROOT / "run_all.sh", "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=10)
     assert shown.returncode == 0 and "--profile smoke|laptop|gpu|hub" in shown.stdout
+
+
+@pytest.mark.slow
+def test_mypy_finds_nothing():
+    done = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]

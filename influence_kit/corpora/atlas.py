@@ -108,7 +108,7 @@ def build(world: Atlas) -> World:
     noise_documents = round(world.documents * world.noise_share)
     fact_documents = world.documents - noise_documents
     per_language = (round(fact_documents * world.language_share),)
-    per_language += (fact_documents - per_language[0],)
+    per_language += (fact_documents - per_language[0],)  # type: ignore[assignment]
 
     blocks, statements = [], np.zeros((2, facts), np.int64)
     for language, documents in enumerate(per_language):
@@ -377,5 +377,5 @@ def _queries(world, rng, lexicon, truth, availability, statements, train) -> pa.
             canary=number,
             repetitions=int(np.repeat(world.repetitions, world.canaries)[number]),
         )
-    tokens, mask = np.array(columns.pop("tokens")), np.array(columns.pop("mask"))
-    return pa.table({**token_columns(tokens, mask), **columns})
+    tokens, mask = np.array(columns.pop("tokens")), np.array(columns.pop("mask"))  # type: ignore[assignment]
+    return pa.table({**token_columns(tokens, mask), **columns})  # type: ignore[arg-type]

@@ -72,7 +72,7 @@ class World:
         about = json.loads((folder / "world.json").read_text())
         tables = [pa.ipc.open_stream(pa.memory_map(str(folder / f"{name}.arrow"))).read_all() for name in TABLES]
         tokenizer = (folder / "tokenizer.json").read_text()
-        return World(about["name"], *tables, tuple(about["vocabulary"]), tokenizer, about["parameters"])
+        return World(about["name"], *tables, tuple(about["vocabulary"]), tokenizer, about["parameters"])  # type: ignore[call-arg]
 
 
 def token_columns(input_ids: np.ndarray, loss_mask: np.ndarray | None = None) -> dict[str, pa.Array]:

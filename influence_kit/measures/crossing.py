@@ -44,8 +44,8 @@ def translation_ranks(world: World, values: np.ndarray, rows: np.ndarray, k: int
     spoken = world.sequences["language"].to_numpy(zero_copy_only=False)[rows]
     asked = world.queries["language"].to_numpy(zero_copy_only=False)
     scanned = world.sequences.take(rows)
-    words = [_words(table) for table in (world.queries, scanned)]
-    overlap, shared = idf_overlap(*words), shares_tokens(*words)
+    words, others = _words(world.queries), _words(scanned)
+    overlap, shared = idf_overlap(words, others), shares_tokens(words, others)
     found = []
     for language, place in aligned(world, rows).items():
         columns = np.flatnonzero(spoken == language)

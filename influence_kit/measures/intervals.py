@@ -239,7 +239,7 @@ def _contrast(
             left, right = left[..., 0], right[..., 0]
         return combine(_statistic(statistic, left), _statistic(statistic, right))
 
-    groups = {label: (units,) for label, units in _by_seed(paired, a_seeds).items()}
+    groups = {label: (units,) for label, units in _by_seed(paired, a_seeds).items()}  # type: ignore[misc]
     return _estimate(groups, arms, lambda number: number, level, draws, seed, method, bounds)
 
 

@@ -9,13 +9,15 @@ Source of the weights: Grosse et al. 2023 (arXiv 2308.03296), Equations 28 and 2
 """
 
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 from scipy import sparse
 
 from influence_kit.errors import UserError
 
-Rows = Sequence[Sequence[int]] | np.ndarray | sparse.spmatrix | sparse.sparray
+# Rows of token ids, or the sparse counts of `token_counts`: no type covers both.
+Rows: TypeAlias = Any
 
 
 def token_counts(rows, mask=None, vocabulary_size: int | None = None, ignore: Sequence[int] = ()) -> sparse.csr_array:

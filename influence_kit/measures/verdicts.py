@@ -238,7 +238,7 @@ def verdict_table_markdown(claims: Iterable[Claim]) -> str:
         paper = f"{claim.paper:g}" if isinstance(claim.paper, (int, float)) else claim.paper
         verdict = f"*{claim.status}*" + (f" ({claim.reason})" if claim.reason else "")
         sentence = claim.claim if claim.kind == "claim" else f"{claim.kind}: {claim.claim}"
-        rows.append((claim.chapter, sentence, paper, measured, len(claim.seeds), verdict))
+        rows.append((claim.chapter, sentence, paper, measured, str(len(claim.seeds)), verdict))
     return "".join(f"| {' | '.join(map(cell, row))} |\n" for row in rows)
 
 

@@ -182,7 +182,7 @@ class Run:
 
 def language_name(code: int | str) -> str:
     """A reader's word for a world's language code."""
-    names = {0: "first language", 1: "second language", -1: "no language"}
+    names: dict[int | str, str] = {0: "first language", 1: "second language", -1: "no language"}
     names |= {"en-us": "English", "de": "German", "ko": "Korean", "tr": "Turkish", "zh-cn": "Chinese"}
     return names.get(code, str(code))
 
@@ -229,7 +229,7 @@ class Chapter:
         """What every figure and table carries: profile, seeds, versions, fingerprints of the stages behind it; no clock."""
         from influence_kit import __version__
 
-        about = {
+        about: dict[str, object] = {
             "kit": __version__,
             "chapter": self.name,
             "profile": self.profile.name,

@@ -100,7 +100,7 @@ def _check_own(given: Mapping[str, object]) -> None:
     if any(own.get(name) for name in ("model", "texts", "completion")):
         from influence_kit.corpora.own import own_world
 
-        own_world(**{"model": "", "texts": "", "prompt": "", "completion": ""} | own)
+        own_world(**{"model": "", "texts": "", "prompt": "", "completion": ""} | own)  # type: ignore[arg-type]
 
 
 @app.command()

@@ -11,7 +11,7 @@ from influence_kit.corpora.parallel import ParallelText
 from influence_kit.errors import UserError
 from influence_kit.models import Recipe, steps_of
 from influence_kit.pipeline.cache import Cost, Stage
-from influence_kit.pipeline.profiles import Family, Profile, Scan, Size
+from influence_kit.pipeline.profiles import Family, Profile, Scan, Size, TextGrid
 from influence_kit.pipeline.stages import tuples
 
 HOME = "influence_kit.pipeline.stages"
@@ -85,9 +85,15 @@ def text_grid(
     ]
 
 
+def _texts(profile: Profile) -> TextGrid:
+    if profile.text is None:
+        raise UserError(f"profile {profile.name!r} has no real text: leave out --without-real-text, or give it a `text` part")
+    return profile.text
+
+
 def text_stage(profile: Profile) -> Stage:
     """The stage that fetches or reads real text."""
-    grid = profile.text
+    grid = _texts(profile)
     languages = list(grid.world.get("languages", ParallelText().languages))
     parameters = {"source": grid.source, "folder": grid.folder, "languages": languages}
     if grid.folder:  # so that other files in the same place make another text
@@ -107,7 +113,7 @@ def _atlas(profile: Profile, name: str, changes: dict, seed: int) -> Stage:
 
 
 def _parallel(profile: Profile, seed: int) -> Stage:
-    parameters = asdict(ParallelText(**tuples({**profile.text.world, "seed": seed})))
+    parameters = asdict(ParallelText(**tuples({**_texts(profile).world, "seed": seed})))
     tokens = parameters["pairs"] * len(parameters["languages"]) * parameters["length"]
     cost = Cost(10 + tokens / 1e5, 600_000_000, 8 * tokens)
     return Stage(
@@ -123,7 +129,7 @@ def _parallel(profile: Profile, seed: int) -> Stage:
 def _trained(
     profile: Profile, corpus: str, arm: str, seed: int, size: Size, world: Stage, fractions: Iterable[float]
 ) -> Trained:
-    grid = profile.atlas if corpus == "atlas" else profile.text
+    grid = profile.atlas if corpus == "atlas" else _texts(profile)
     if size.pretrained:
         return _pretrained(profile, grid.scan, seed, size, world, fractions)
     name = f"{corpus} {arm} {size.width}x{size.depth}, seed {seed}"
@@ -151,7 +157,7 @@ def _pretrained(
     )
     scans = {}
     for fraction in fractions:
-        parameters = {"fraction": fraction, "seed": seed, "fit": scan.fit, "sequences": scan.sequences}
+        parameters: dict = {"fraction": fraction, "seed": seed, "fit": scan.fit, "sequences": scan.sequences}
         parameters |= {"damping": scan.damping, "layers": scan.layers, "device": profile.device}
         inputs, label = {"world": world, "model": model}, f"score {name}, {fraction:.0%} of training"
         cost = Cost(3600, 32_000_000_000, 4_000_000_000)

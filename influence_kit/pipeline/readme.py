@@ -54,7 +54,7 @@ def fill(text: str, parts: dict[str, str]) -> str:
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
         if not pattern.search(text):
             raise UserError(f"README.md has no place for {name!r}: add the lines <!-- {name} --> and <!-- /{name} -->")
-        text = pattern.sub(lambda match, content=content: match[1] + content + match[2], text)
+        text = pattern.sub(lambda match, content=content: match[1] + content + match[2], text)  # type: ignore[misc]
     return text
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", default="laptop")
     profile = parser.parse_args().profile
-    root = repository()
+    root = repository() or Path.cwd()
     folder = root / "figures" / profile
     if not (folder / "verdicts.json").is_file():
         raise SystemExit(f"error: {folder / 'verdicts.json'} is not there: run ./run_all.sh --profile {profile} first")

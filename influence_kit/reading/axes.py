@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
@@ -66,7 +66,7 @@ def name_of(key) -> str:
 
 def legend_below(fig: "Figure", axes, columns: int = 6) -> None:
     """One legend for the whole figure, below the data."""
-    found = {}
+    found: dict[str, Any] = {}
     for ax in numpy.ravel(axes):
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
@@ -74,7 +74,7 @@ def legend_below(fig: "Figure", axes, columns: int = 6) -> None:
         # Inches an entry takes at the legend's size: as many columns as fit, or long names would run off the figure.
         widths = [0.55 + 0.075 * len(label) for label in found]
         fitting = [n for n in range(1, min(columns, len(found)) + 1) if n * max(widths) <= fig.get_figwidth()]
-        fig.legend(found.values(), found.keys(), loc="outside lower center", ncols=max(fitting, default=1))
+        fig.legend(list(found.values()), list(found), loc="outside lower center", ncols=max(fitting, default=1))
 
 
 def label_panels(fig: "Figure", axes, used: int, xlabel: str, ylabel: str) -> None:

@@ -183,8 +183,8 @@ def estimate_bars(
         ax.plot(row["estimate"], place, "o", color=colour, label=name_of(row[hue]) if hue else "_")
         text = f"{number(row['estimate'])}  [{number(row['low'])}, {number(row['high'])}]"
         ax.annotate(text, (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=8.5)
-    for label, place in (reference or {}).items():
-        ax.axvline(place, color=look.FAINT, linestyle="--", linewidth=1.1, label=label)
+    for label, at in (reference or {}).items():
+        ax.axvline(at, color=look.FAINT, linestyle="--", linewidth=1.1, label=label)
     ax.set(yticks=range(len(df)), yticklabels=df["label"], ylim=(len(df) - 0.4, -0.6), xlabel=xlabel)
     ax.grid(axis="y", visible=False)
     if log_x:
@@ -286,7 +286,7 @@ def language_matrix(
     axes[0, 0].invert_yaxis()
     fig.supxlabel("language of the training sequence", fontsize=9.5)
     axes[0, 0].set_ylabel("language of the query")
-    ticks = (numpy.geomspace if log else numpy.linspace)(norm.vmin, norm.vmax, 5)
+    ticks = (numpy.geomspace if log else numpy.linspace)(norm.vmin, norm.vmax, 5)  # type: ignore[arg-type]
     fig.colorbar(mesh, ax=axes, label=unit, ticks=ticks, format=lambda value, _: number(value, 2)).minorticks_off()
     return fig
 
@@ -307,7 +307,8 @@ def score_histogram(df: "pandas.DataFrame", panel: str | None = None, unit: str 
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     fig, axes = blank(rows, columns, 0.8 + 2.3 * rows, sharex=True, sharey=True)
-    ticks, gap = [], 0.16 * columns * math.asinh(reach / linear)
+    ticks: list[float] = []
+    gap = 0.16 * columns * math.asinh(reach / linear)
     for power in range(math.floor(math.log10(reach)), math.floor(math.log10(linear)) - 1, -1):
         place = math.asinh(10.0**power / linear)
         if place > gap and (not ticks or math.asinh(ticks[-1] / linear) - place > gap):

@@ -70,7 +70,8 @@ def fallbacks() -> tuple[str, ...]:
     Order: the file that INFLUENCE_KIT_FONT names, system fonts, a cached Debian font. What stays uncovered is said once
     in a warning that names the remedy; nothing is raised.
     """
-    missing, found, problems = dict(PROBES), [], []
+    problems: list[str] = []
+    missing, found = dict(PROBES), []
     for path in _candidates(problems):
         points = coverage(path)
         if covered := [script for script, probe in missing.items() if all(ord(c) in points for c in probe)]:

@@ -5,7 +5,7 @@ import io
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from influence_kit.reading import fonts
 from influence_kit.reading.cards import ALPHA, LEVELS, UNDERLINE_FROM, Card, crop, direction, level, visible
@@ -131,7 +131,7 @@ def _card(card: Card, x: float) -> tuple[list[Mark], float, tuple[str, ...]]:
     inner = card.width - 2 * MARGIN
     left, y = x + MARGIN, 10.0
     flow = functools.partial(_flow, marks, families=families)
-    small = {"size": 10.5, "leading": 16, "colour": FAINT}
+    small: dict[str, Any] = {"size": 10.5, "leading": 16, "colour": FAINT}
     if card.title:
         y = flow([(visible(card.title), 0.0, True)], left, y, inner, size=15, leading=24)
     y = flow([(card.prompt, 0.0, False), (card.completion, 0.0, True)], left, y, inner) + 2
@@ -172,7 +172,7 @@ def png(cards: Sequence[Card], alt: str) -> bytes:
         starts = [sum(card.width + GAP for card in cards[:i]) for i in range(len(cards))]
         laid = [_card(card, x) for card, x in zip(cards, starts, strict=True)]
         width, height = starts[-1] + cards[-1].width, max(bottom for _, bottom, _ in laid)
-        fig = Figure(figsize=(width / DPI, height / DPI), dpi=DPI * ZOOM, layout="none")
+        fig = Figure(figsize=(width / DPI, height / DPI), dpi=DPI * ZOOM, layout="none")  # type: ignore[arg-type]
         pixels = Affine2D().scale(ZOOM, -ZOOM).translate(0, round(height * ZOOM))
         for marks, _, families in laid:
             for kind, x, y, *rest in sorted(marks, key=lambda mark: mark[0] == "text"):

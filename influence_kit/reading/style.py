@@ -133,8 +133,8 @@ def save_figure(
     png, svg, parquet = io.BytesIO(), io.BytesIO(), io.BytesIO()
     with style():
         for text in fig.findobj(match=lambda artist: hasattr(artist, "set_fontfamily")):
-            if len(needed := fonts.families(text.get_text())) > 1:
-                text.set_fontfamily(needed)
+            if len(needed := fonts.families(text.get_text())) > 1:  # type: ignore[attr-defined]
+                text.set_fontfamily(needed)  # type: ignore[attr-defined]
         fig.savefig(png, format="png", metadata={"Software": None, "Description": alt, "Provenance": origin})
         kept = {"Date": None, "Creator": "influence_kit", "Title": name, "Description": alt, "Source": origin}
         fig.savefig(svg, format="svg", metadata=kept)
