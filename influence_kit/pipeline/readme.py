@@ -33,7 +33,7 @@ def verdicts(folder: Path) -> str:
 
 
 def times(folder: Path) -> str:
-    """Processor time and peak memory by kind of stage, from provenance.json."""
+    """Wall time and peak memory by kind of stage, from provenance.json."""
     known = json.loads((folder / "provenance.json").read_text())
     kinds: dict[str, list[dict]] = defaultdict(list)
     for entry in known.values():
@@ -45,7 +45,7 @@ def times(folder: Path) -> str:
             memory = max(entry["peak_memory_bytes"] for entry in found) / 1e9
             rows.append(f"| {what} | {len(found)} | {seconds:,.0f} | {memory:.1f} GB |")
     total = sum(entry["wall_seconds"] for entry in known.values())
-    return "\n".join(rows) + f"\n\nAll together {clock(total)} of one core, so about half of that on two.\n"
+    return "\n".join(rows) + f"\n\nSummed over stages: {clock(total)}; two ran at a time.\n"
 
 
 def fill(text: str, parts: dict[str, str]) -> str:
