@@ -11,10 +11,12 @@ import importlib
 __version__ = "0.1.0"
 _HOME = {
     "fit_ekfac": "ekfac",
-    "Factors": "ekfac",
+    "Factors": "factors",
     "score": "scoring",
+    "top_scores": "scoring",
+    "TopScores": "scores",
     "token_scores": "scoring",
-    "Scores": "scoring",
+    "Scores": "scores",
     "tracked_layers": "gradients",
     "UserError": "errors",
 }

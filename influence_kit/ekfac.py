@@ -1,4 +1,4 @@
-"""EK-FAC factors: covariances -> eigenbases -> corrected eigenvalues (Grosse et al. 2023, Sec. 2.2.2 and 3.1).
+"""Fitting EK-FAC: covariances -> eigenbases -> corrected eigenvalues (Grosse et al. 2023, Sec. 2.2.2 and 3.1).
 
 For a linear map with inputs a_t [M (+1 with a bias)] and output pseudo-gradients Ds_t [P]:
 
@@ -12,136 +12,22 @@ Gauss-Newton Hessian. The paper's printed Eq 20 and second line of Eq 21 have Q 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from influence_kit.gradients import (
-    Batch,
-    Recorder,
-    TokenGradients,
-    as_batches,
-    count,
-    forward,
-    frozen,
-    sequence_losses,
-    shape_of,
-    tracked_layers,
-)
+from influence_kit.factors import Basis, Factors, LayerFactors, Rotator
+from influence_kit.gradients import Recorder, batch_rows, count, device_of, dtype_of, frozen, shape_of, tracked_layers
+from influence_kit.labels import PseudoGradients
+from influence_kit.processes import add_up, mine, rank_and_size, share, wait
+from influence_kit.resume import State, by_rank, key_of
+from influence_kit.shelf import Shelf, aligned, free_disk
 
 METHODS = ("ekfac", "kfac", "diagonal", "identity")
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class LayerFactors:
-    """One linear map's curvature: eigenvectors Q_A [M', M'], Q_S [P, P] and eigenvalues Lambda [P, M'].
-
-    M' = M + 1 where the layer has a bias. `None` eigenvectors stand for the identity (methods diagonal, identity).
-    """
-
-    Q_A: Tensor | None
-    Q_S: Tensor | None
-    eigenvalues: Tensor
-
-    def rotate(self, gradients: TokenGradients) -> TokenGradients:
-        """Token gradients in the eigenbasis: (a Q_A, g Q_S)."""
-        a, g = gradients
-        return TokenGradients(a if self.Q_A is None else a @ self.Q_A, g if self.Q_S is None else g @ self.Q_S)
-
-    def sequence_gradients(self, gradients: TokenGradients) -> Tensor:
-        """Rotated per-sequence gradients Q_S^T D_n Q_A, [B, P, M'].
-
-        Costs T(M'^2 + P^2 + P M') multiplications a sequence when tokens are rotated first, P M' (T + M' + P) when
-        the gradient is; the cheaper order is taken.
-        """
-        a, g = gradients
-        tokens, m, p = a.shape[1], a.shape[2], g.shape[2]
-        if self.Q_A is None or tokens * (m * m + p * p) <= p * m * (m + p):
-            a, g = self.rotate(gradients)
-            return g.transpose(1, 2) @ a
-        return self.Q_S.T @ (g.transpose(1, 2) @ a) @ self.Q_A  # type: ignore[union-attr]
-
-    def damped(self, damping: float) -> Tensor:
-        """Lambda + damping * mean(Lambda), [P, M']: the paper's damping with damping = 0.1."""
-        return self.eigenvalues + damping * self.eigenvalues.mean()
-
-
-@dataclass(frozen=True)
-class Factors:
-    """Curvature of the tracked layers, with the pseudo-labels it was fitted on.
-
-    `labels` int64 [N, T]: the label at t is predicted from position t - 1; column 0 is never used.
-    `details`: method, layers, label kind, seed, number of sequences and of counted tokens.
-    """
-
-    layers: dict[str, LayerFactors]
-    labels: Tensor | None = None
-    details: dict = field(default_factory=dict)
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factors:
-        """A copy on another device or in another dtype."""
-
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device=device, dtype=dtype)
-
-        layers = {n: LayerFactors(move(f.Q_A), move(f.Q_S), move(f.eigenvalues)) for n, f in self.layers.items()}  # type: ignore[arg-type]
-        return Factors(layers, self.labels, self.details)
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write one safetensors file (byte-stable: a single JSON metadata key)."""
-        from safetensors.torch import save_file
-
-        tensors = {}
-        for name, layer in self.layers.items():
-            for part in ("Q_A", "Q_S", "eigenvalues"):
-                if (tensor := getattr(layer, part)) is not None:
-                    tensors[f"{name}/{part}"] = tensor.cpu().contiguous()
-        if self.labels is not None:
-            tensors["labels"] = self.labels.cpu().contiguous()
-        details = json.dumps({"order": list(self.layers), **self.details}, sort_keys=True)
-        temporary = Path(path).with_suffix(".tmp")
-        save_file(tensors, temporary, metadata={"influence_kit": details})
-        os.replace(temporary, path)
-
-    @staticmethod
-    def load(path: str | os.PathLike) -> Factors:
-        """Read what `save` wrote. Raises ValueError for a file that is something else."""
-        from safetensors import safe_open
-
-        with safe_open(str(path), "pt") as file:
-            metadata = (file.metadata() or {}).get("influence_kit")
-            if metadata is None:
-                raise ValueError(f"{path} was not written by Factors.save: it has no influence_kit metadata")
-            details = json.loads(metadata)
-            names = set(file.keys())
-            layers = {}
-            for name in details.pop("order"):
-                parts = (f"{name}/{part}" for part in ("Q_A", "Q_S", "eigenvalues"))
-                layers[name] = LayerFactors(*(file.get_tensor(part) if part in names else None for part in parts))  # type: ignore[arg-type]
-            labels = file.get_tensor("labels") if "labels" in names else None
-        return Factors(layers, labels, details)
-
-
-def uniforms(seed: int, rows: slice, length: int) -> Tensor:
-    """float64 [B, T] in [0, 1): one stream a row, so that neither batch size, padding nor sharding changes a draw."""
-    streams = []
-    for row in range(rows.start, rows.stop):
-        generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + row * 0xD1B54A32D192ED03) % 2**63)
-        streams.append(torch.rand(length, generator=generator, dtype=torch.float64))
-    return torch.stack(streams)
-
-
-def sample_labels(logits: Tensor, draws: Tensor) -> Tensor:
-    """Labels int64 [B, T] drawn from softmax(logits [B, T, V]) by inverting the distribution at `draws` [B, T]."""
-    cumulative = logits.double().softmax(-1).cumsum(-1)
-    targets = draws.to(logits.device)[..., None] * cumulative[..., -1:]
-    return torch.searchsorted(cumulative, targets, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+Sums = dict[str, Tensor]  # "A <layer> <block>" and "S <layer> <block>", lower triangles in float64
 
 
 def fit_ekfac(
@@ -152,6 +38,9 @@ def fit_ekfac(
     batch_size: int = 32,
     seed: int = 0,
     method: str = "ekfac",
+    blocks: int = 1,
+    memory: float = 5e8,
+    resume: str | os.PathLike | None = None,
     progress: Progress | None = None,
 ) -> Factors:
     """Fit the curvature of `model`'s tracked layers on `sequences`.
@@ -163,110 +52,201 @@ def fit_ekfac(
         empirical Fisher) or int64 [N, T] given pseudo-labels (label t is predicted from position t - 1).
     method: "ekfac"; "kfac" (Lambda = mean tokens a sequence x Lambda_S kron Lambda_A); "diagonal" (second moment of the
         gradient in the parameters' own basis); "identity" (plain gradient dot products).
+    blocks: number of diagonal blocks of A and of S (the paper's Appendix A): memory of the bases falls by it, their
+        eigendecomposition by its square.
+    memory: bytes of token gradients kept between the two passes; what does not fit goes to a temporary file as far as
+        half of the free disk lasts, and the rest is computed again.
+    resume: a folder (one that all processes see) for the state from which a killed fit goes on, to the same factors.
     progress: called with (sequences done, sequences to do) over both passes.
 
+    Under `torchrun` with a process group, ranks share the batches and the eigendecompositions; all get the same factors.
+
     Source: the paper's Eq 12-21. Raises ValueError for layers, labels or methods that do not fit the model or data.
-    Cost: two forward and backward passes over `sequences`, and eigh of an M'xM' and a PxP matrix a layer in float64.
+    Cost: a forward and backward pass over `sequences` (two where token gradients are not kept), L (P^2 + M'^2 + P M')
+    multiplications a sequence and layer for each pass, and eigh of an M'xM' and a PxP matrix a layer in float64.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not known; choose one of {', '.join(METHODS)}")
-    chosen = tracked_layers(model, layers)
+    if blocks < 1:
+        raise ValueError(f"blocks={blocks!r} must be at least 1")
+    chosen = tracked_layers(model, layers, blocks)
     total = count(sequences)
     if total == 0:
         raise ValueError("no sequences to fit factors on: input_ids has no rows")
-    details = {"method": method, "layers": layers, "seed": seed, "sequences": total}
+    details = {"method": method, "layers": layers, "blocks": blocks, "seed": seed, "sequences": total}
     if method == "identity":
         return Factors({n: _identity(m) for n, m in chosen.items()}, None, details | {"labels": "none", "tokens": 0})
+    details["labels"] = labels if isinstance(labels, str) else "given"
     report = progress or (lambda done, to_do: None)
     with frozen(model), Recorder(chosen) as recorder:
-        A, S, drawn, tokens = _covariances(model, recorder, sequences, labels, batch_size, seed, report)
-        kind = labels if isinstance(labels, str) else "given"
-        details |= {"labels": kind, "tokens": tokens}
-        if method == "diagonal":
-            bases = {name: (None, None) for name in chosen}
-        else:
-            spectra = {name: (torch.linalg.eigh(A[name]), torch.linalg.eigh(S[name])) for name in chosen}
-            bases = {name: (a.eigenvectors, s.eigenvectors) for name, (a, s) in spectra.items()}
+        key = "" if resume is None else key_of(model, sequences, details, batch_size, labels, rank_and_size()[1])
+        state = State(resume, key)
+        source = PseudoGradients(model, recorder, sequences, labels, seed, Shelf(memory, free_disk()))
+        batches = mine(batch_rows(total, batch_size))
+        passes = 1 if method in ("kfac", "diagonal") else 2
+        spectra: dict[str, tuple[Tensor, Tensor]] = {}
+        if method != "diagonal":
+            sums = _covariances(source, state, batches, blocks, lambda done: report(done, passes * total))
+            spectra = _spectra(sums, int(source.counted.sum()), dtype_of(model))
+            del sums
+        bases = {n: (_basis(spectra, f"A {source.leaders[n]}"), _basis(spectra, f"S {n}")) for n in chosen}
         if method == "kfac":
-            each = tokens / total
+            each = source.counted.sum() / total
             eigenvalues = {
-                n: each * s.eigenvalues.clamp(min=0)[:, None] * a.eigenvalues.clamp(min=0)
-                for n, (a, s) in spectra.items()
+                n: each * _values(spectra, f"S {n}")[:, None] * _values(spectra, f"A {source.leaders[n]}")
+                for n in chosen
             }
         else:
-            eigenvalues = _second_moments(model, recorder, sequences, drawn, bases, batch_size, report)
-    dtype = _working_dtype(model)
-    fitted = {
-        name: LayerFactors(*(None if q is None else q.to(dtype) for q in bases[name]), eigenvalues[name].to(dtype))  # type: ignore[arg-type, call-arg]
-        for name in chosen
-    }
-    return Factors(fitted, drawn, details)
+            before = total * (passes - 1)
+            eigenvalues = _second_moments(
+                source, state, batches, bases, lambda done: report(before + done, passes * total)
+            )
+        if method == "diagonal":
+            add_up([source.labels, source.counted])
+    wait()
+    state.forget()
+    fitted = {n: LayerFactors(*bases[n], eigenvalues[n]) for n in chosen}
+    details["tokens"] = int(source.counted.sum())
+    return Factors(fitted, source.labels, details).to(dtype=dtype_of(model))
 
 
 def _identity(module: nn.Module) -> LayerFactors:
     p, m = shape_of(module)
-    return LayerFactors(None, None, torch.ones(p, m + (module.bias is not None), device=module.weight.device))  # type: ignore[arg-type]
+    return LayerFactors(None, None, torch.ones(p, m + (module.bias is not None), device=device_of(module)))
 
 
-def _working_dtype(model: nn.Module) -> torch.dtype:
-    return torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
-
-
-def _covariances(model, recorder, sequences, labels, batch_size, seed, report):
-    """First pass: draw the labels, and sum a a^T and Ds Ds^T over counted tokens in float64 sums of batch products."""
-    total, device = count(sequences), next(model.parameters()).device
-    A: dict[str, Tensor] = {}
-    S: dict[str, Tensor] = {}
-    drawn, tokens = [], 0
-    for rows, batch in as_batches(sequences, batch_size, device):
-        logits = forward(model, batch.tokens)
-        pseudo = _labels_for(labels, rows, batch, logits.detach(), seed)
-        gradients = recorder.gradients(sequence_losses(logits, pseudo, batch.loss_mask).sum())
-        keep = batch.counted
-        for name, (a, g) in gradients.items():
-            a, g = a[keep], g[keep]
-            A[name] = A.get(name, 0) + (a.T @ a).double()
-            S[name] = S.get(name, 0) + (g.T @ g).double()
-        tokens += int(keep.sum())
-        drawn.append(pseudo.cpu())
-        report(rows.stop, 2 * total)
-    if tokens == 0:
+def _covariances(
+    source: PseudoGradients, state: State, batches: list[slice], blocks: int, report: Callable[[int], None]
+) -> Sums:
+    """First pass: draw the labels, and sum (a; 1) (a; 1)^T and Ds Ds^T over counted tokens. Products are of the working
+    dtype, sums of float64. Layers that read the same input share A."""
+    sums, done = _loaded(source, state, "covariances")
+    for index, rows in enumerate(batches):
+        if index < done:
+            continue
+        found, counted = source.read(rows)
+        chosen = None if bool(counted.all()) else counted
+        for name, (a, g, bias) in found.items():
+            if source.leaders[name] == name:
+                _add_product(sums, f"A {name}", a[chosen] if chosen is not None else a.flatten(0, 1), bias, blocks)
+            _add_product(sums, f"S {name}", g[chosen] if chosen is not None else g.flatten(0, 1), False, blocks)
+        if state.due():
+            _save(source, state, "covariances", sums, index + 1)
+        report(rows.stop)
+    _save(source, state, "covariances", sums, len(batches))
+    if not sums:  # more ranks than batches: this one has read nothing
+        sums = _no_sums(source, blocks)
+    sums = dict(sorted(sums.items()))  # the same order on every rank, whatever was resumed
+    add_up([*sums.values(), source.labels, source.counted])
+    if int(source.counted.sum()) == 0:
         raise ValueError("loss_mask selects no target in any sequence: nothing to fit factors on")
-    return (
-        {n: matrix / tokens for n, matrix in A.items()},
-        {n: matrix / tokens for n, matrix in S.items()},
-        torch.cat(drawn),
-        tokens,
-    )
+    return sums
 
 
-def _labels_for(labels: str | Tensor, rows: slice, batch: Batch, logits: Tensor, seed: int) -> Tensor:
-    """Pseudo-labels int64 [B, T] of one batch."""
-    if isinstance(labels, Tensor):
-        if labels.ndim != 2 or len(labels) < rows.stop or labels.shape[1] != batch.tokens.shape[1]:
-            raise ValueError(f"labels {tuple(labels.shape)} do not match input_ids [N, {batch.tokens.shape[1]}]")
-        return labels[rows].to(batch.tokens.device)
-    if labels == "data":
-        return batch.tokens
-    if labels != "sampled":
-        raise ValueError(f"labels={labels!r} is not known; choose 'sampled', 'data' or a tensor int64 [N, T]")
-    sampled = batch.tokens.clone()
-    sampled[:, 1:] = sample_labels(logits[:, :-1], uniforms(seed, rows, batch.tokens.shape[1])[:, 1:])
-    return sampled
+def _add_product(sums: Sums, name: str, x: Tensor, bias: bool, blocks: int) -> None:
+    """Add x^T x [W', W'] to the blocks of a sum, lower triangles only, a column of ones by column sums."""
+    start = 0
+    for i, size in enumerate(_sizes(x.shape[1] + bias, blocks)):
+        key = f"{name} {i:04}"
+        if key not in sums:
+            sums[key] = torch.zeros(size, size, dtype=torch.float64, device=x.device)
+        total = sums[key]
+        width = size - (bias and start + size > x.shape[1])
+        part = x[:, start : start + width]
+        step = max(width // 8, 128)
+        for row in range(0, width, step):
+            total[row:width, row : min(row + step, width)] += part[:, row:].T @ part[:, row : row + step]
+        if width < size:
+            total[-1, :width] += part.sum(0)
+            total[-1, -1] += len(x)
+        start += size
 
 
-def _second_moments(model, recorder, sequences, labels, bases, batch_size, report) -> dict[str, Tensor]:
+def _sizes(width: int, blocks: int) -> list[int]:
+    """Sizes of diagonal blocks, as even as can be, larger ones first."""
+    return [len(part) for part in torch.empty(width).tensor_split(min(blocks, width))]
+
+
+def _no_sums(source: PseudoGradients, blocks: int) -> Sums:
+    """Sums of nothing, in every shape."""
+    sums: Sums = {}
+    for name, module in source.recorder.layers.items():
+        p, m = shape_of(module)
+        empty = torch.zeros(0, max(p, m), dtype=dtype_of(source.model), device=device_of(module))
+        if source.leaders[name] == name:
+            _add_product(sums, f"A {name}", empty[:, :m], module.bias is not None, blocks)
+        _add_product(sums, f"S {name}", empty[:, :p], False, blocks)
+    return sums
+
+
+def _spectra(sums: Sums, tokens: int, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
+    """Eigenvalues [m] in float64 and eigenvectors [m, m] of every block, decomposed in float64 and kept in `dtype`; the sums
+    are used up. Ranks share the work."""
+    rank, size = rank_and_size()
+    found = {}
+    for index, name in enumerate(list(sums)):
+        total = sums.pop(name)
+        if index % size == rank:
+            values, vectors = torch.linalg.eigh(total.div_(tokens))  # reads the lower triangle
+        else:
+            values, vectors = total.new_empty(len(total)), total
+        found[name] = (values, aligned(vectors.to(dtype)))
+    for index, pair in enumerate(found.values()):
+        for tensor in pair:
+            share(tensor, index % size)
+    return found
+
+
+def _basis(spectra: dict[str, tuple[Tensor, Tensor]], name: str) -> Basis | None:
+    return tuple(vectors for key, (_, vectors) in spectra.items() if key.rpartition(" ")[0] == name) or None
+
+
+def _values(spectra: dict[str, tuple[Tensor, Tensor]], name: str) -> Tensor:
+    return torch.cat([values for key, (values, _) in spectra.items() if key.rpartition(" ")[0] == name]).clamp(min=0)
+
+
+def _second_moments(
+    source: PseudoGradients,
+    state: State,
+    batches: list[slice],
+    bases: dict[str, tuple[Basis | None, Basis | None]],
+    report: Callable[[int], None],
+) -> dict[str, Tensor]:
     """Second pass: Lambda = mean over sequences of the squared rotated gradient, [P, M'] a layer, float64 sums."""
-    total, device, dtype = count(sequences), next(model.parameters()).device, _working_dtype(model)
-    rotations = {
-        name: LayerFactors(*(None if q is None else q.to(dtype) for q in pair), torch.empty(0))  # type: ignore[arg-type, call-arg]
-        for name, pair in bases.items()
-    }
-    sums: dict[str, Tensor] = {}
-    for rows, batch in as_batches(sequences, batch_size, device):
-        losses = sequence_losses(forward(model, batch.tokens), labels[rows].to(device), batch.loss_mask)
-        for name, gradients in recorder.gradients(losses.sum()).items():
-            squares = rotations[name].sequence_gradients(gradients).square().sum(0)
-            sums[name] = sums.get(name, 0) + squares.double()
-        report(total + rows.stop, 2 * total)
-    return {name: summed / total for name, summed in sums.items()}
+    modules, sums = source.recorder.layers, {}
+    for name, module in modules.items():
+        p, m = shape_of(module)
+        width = m + (module.bias is not None)
+        sums[name] = torch.zeros(p, width, dtype=torch.float64, device=device_of(module))
+    layers = Factors({n: LayerFactors(*bases[n], sums[n]) for n in modules}).to(dtype=dtype_of(source.model)).layers
+    rotator = Rotator(source.buffers)
+    loaded, done = _loaded(source, state, "eigenvalues")
+    for name, tensor in loaded.items():
+        sums[name].copy_(tensor)
+    for index, rows in enumerate(batches):
+        if index < done:
+            continue
+        for name, found in source.read(rows)[0].items():
+            for _, some, gradient in rotator.blocks(layers[name], found):
+                sums[name][some] += gradient.square_().sum(0)[:, : sums[name].shape[1]]
+        if state.due():
+            _save(source, state, "eigenvalues", sums, index + 1)
+        report(rows.stop)
+    add_up(sums.values())
+    return {name: total / count(source.sequences) for name, total in sums.items()}
+
+
+def _save(source: PseudoGradients, state: State, name: str, sums: Mapping[str, Tensor], done: int) -> None:
+    about = {"labels": source.labels, "counted": source.counted, "done": torch.tensor(done)}
+    state.save(by_rank(name), {**about, **{f"sum {key}": tensor for key, tensor in sums.items()}})
+
+
+def _loaded(source: PseudoGradients, state: State, name: str) -> tuple[Sums, int]:
+    """The sums that a killed fit left, and how many batches they hold."""
+    kept = state.load(by_rank(name))
+    if kept is None:
+        return {}, 0
+    source.labels, source.counted = kept["labels"], kept["counted"]
+    return {key[4:]: tensor.to(source.device) for key, tensor in kept.items() if key.startswith("sum ")}, int(
+        kept["done"]
+    )

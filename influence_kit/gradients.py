@@ -1,16 +1,19 @@
-"""What a layer saw and what came back: inputs a [B, T, M] and output gradients g [B, T, P] of every tracked linear map.
+"""What a layer saw and what came back: inputs a [B, L, M] and output gradients g [B, L, P] of every tracked linear map.
 
 The gradient of a sequence's summed loss with respect to a linear map's weights is D = sum_t g_t a_t^T, so these two
 tensors are all that EK-FAC and scoring need: no weight gradient is ever formed. Parameters are frozen and the graph
 starts at the first tracked layer, which makes a pass cheaper than a training step.
 
-Torch and the standard library only: this file, `ekfac.py` and `scoring.py` can be lifted out together.
+Torch, safetensors and the standard library only, as in all that EK-FAC and scoring consist of: this file, `labels.py`,
+`factors.py`, `ekfac.py`, `directions.py`, `scores.py`, `scoring.py`, `shelf.py`, `resume.py` and `processes.py` can be
+lifted out together.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -23,10 +26,11 @@ WIDEST = 20_000  # an eigenbasis of this side takes 3.2 GB in float64; a 50k-wid
 
 
 class TokenGradients(NamedTuple):
-    """One layer's part of the gradient of each sequence in a batch: D_n = sum_t g[n, t] a[n, t]^T."""
+    """One layer's part of the gradient of each sequence in a batch: D_n = sum_t g[n, t] (a[n, t]; 1)^T."""
 
-    inputs: Tensor  # a [B, T, M], or [B, T, M + 1] with a last column of ones where the layer has a bias
-    outputs: Tensor  # g [B, T, P], the gradient of the summed loss with respect to the layer's output
+    inputs: Tensor  # a [B, L, M]; layers that read the same tensor hold the same object here
+    outputs: Tensor  # g [B, L, P], the gradient of the summed loss with respect to the layer's output
+    bias: bool  # whether the layer's bias is a last column of its gradient: M' = M + 1
 
 
 def is_linear_map(module: nn.Module) -> bool:
@@ -40,11 +44,11 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
     return (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
 
 
-def tracked_layers(model: nn.Module, layers: str = "mlp") -> dict[str, nn.Module]:
+def tracked_layers(model: nn.Module, layers: str = "mlp", blocks: int = 1) -> dict[str, nn.Module]:
     """The linear maps whose weights carry influence, by dotted name, in the model's order.
 
     `layers`: "mlp" (the paper's choice), "all" (every linear map but the output head), or a regular expression
-    searched in the dotted name. Raises ValueError when nothing matches, when a weight is shared with another
+    searched in the dotted name. `blocks`: into how many eigenbases each side will be cut. Raises ValueError when nothing matches, when a weight is shared with another
     module (its gradient would be only half of the truth), or when a side is too wide for an eigenbasis.
     """
     linear = {name: module for name, module in model.named_modules() if is_linear_map(module)}
@@ -71,11 +75,12 @@ def tracked_layers(model: nn.Module, layers: str = "mlp") -> dict[str, nn.Module
                     "linear map does not see; leave it out with a narrower `layers` pattern"
                 )
     for name, module in chosen.items():
-        widest = max(shape_of(module)) + 1
+        widest = math.ceil((max(shape_of(module)) + 1) / blocks)
         if widest > WIDEST:
             raise ValueError(
                 f"layer {name!r} is {shape_of(module)[0]} x {shape_of(module)[1]}: one {widest} x {widest} float64 "
-                f"eigenbasis takes {8 * widest**2 / 1e9:.0f} GB; leave it out with a narrower `layers` pattern"
+                f"eigenbasis takes {8 * widest**2 / 1e9:.0f} GB, and its eigendecomposition as much again; leave it out "
+                "with a narrower `layers` pattern, or cut the layer into `blocks`"
             )
     return chosen
 
@@ -87,38 +92,43 @@ class Batch(NamedTuple):
     loss_mask: Tensor
 
     @property
+    def length(self) -> int:
+        """L: positions before the batch's last target. Later ones move no loss and are never computed."""
+        return max(int(self.loss_mask.any(0).nonzero().max()), 1) if self.loss_mask.any() else 1
+
+    @property
     def counted(self) -> Tensor:
-        """bool [B, T]: positions that can move the loss, i.e. those with a target after them.
+        """bool [B, L]: positions that can move the loss of their sequence, i.e. those with a target after them.
 
-        In a causal model these are all positions before the last target; right padding and the last position fall
-        out, whatever the padding id is.
+        Right padding and the last position fall out, whatever the padding id is.
         """
-        later = self.loss_mask[:, 1:].flip(1).cumsum(1).flip(1) > 0
-        return torch.cat([later, torch.zeros_like(later[:, :1])], 1)
+        return self.loss_mask[:, 1 : self.length + 1].flip(1).cumsum(1).flip(1) > 0
 
 
-def as_batches(
-    sequences: Mapping[str, Tensor], batch_size: int, device: torch.device | str = "cpu"
-) -> Iterator[tuple[slice, Batch]]:
-    """Cut `sequences` (`input_ids` int [N, T], optional `loss_mask` bool [N, T]) into (rows, Batch) pairs.
+def batch_rows(total: int, batch_size: int) -> list[slice]:
+    """The rows [0, total) cut into batches."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r} must be at least 1")
+    return [slice(start, min(start + batch_size, total)) for start in range(0, total, batch_size)]
+
+
+def read_batch(sequences: Mapping[str, Tensor], rows: slice, device: torch.device | str = "cpu") -> Batch:
+    """Some rows of `sequences` (`input_ids` int [N, T], optional `loss_mask` bool [N, T]), as a Batch.
 
     Accepts any mapping or datasets.Dataset whose columns slice to arrays. Padding must be on the right.
     """
-    total = count(sequences)
     columns = sequences.column_names if hasattr(sequences, "column_names") else list(sequences)
-    for start in range(0, total, batch_size):
-        rows = slice(start, min(start + batch_size, total))
-        tokens = _column(sequences, "input_ids", rows).long()
-        if tokens.ndim != 2:
-            raise ValueError(f"input_ids must be [N, T]; rows {start}.. have shape {tuple(tokens.shape)}")
-        mask = (
-            _column(sequences, "loss_mask", rows).bool() if "loss_mask" in columns else torch.ones_like(tokens).bool()
+    tokens = _column(sequences, "input_ids", rows).long()
+    if tokens.ndim != 2 or tokens.shape[1] < 2:
+        raise ValueError(
+            f"input_ids must be [N, T] with T of at least 2; rows {rows.start}.. have shape {tuple(tokens.shape)}"
         )
-        if mask.shape != tokens.shape:
-            raise ValueError(f"loss_mask {tuple(mask.shape)} and input_ids {tuple(tokens.shape)} must have one shape")
-        mask = mask.clone()
-        mask[:, 0] = False  # nothing predicts the first token
-        yield rows, Batch(tokens.to(device), mask.to(device))
+    mask = _column(sequences, "loss_mask", rows).bool() if "loss_mask" in columns else torch.ones_like(tokens).bool()
+    if mask.shape != tokens.shape:
+        raise ValueError(f"loss_mask {tuple(mask.shape)} and input_ids {tuple(tokens.shape)} must have one shape")
+    mask = mask.clone()
+    mask[:, 0] = False  # nothing predicts the first token
+    return Batch(tokens.to(device), mask.to(device))
 
 
 def count(sequences: Mapping[str, Tensor]) -> int:
@@ -131,14 +141,17 @@ def _column(sequences: Mapping[str, Tensor], name: str, rows: slice) -> Tensor:
     return torch.as_tensor(values)
 
 
-def sequence_losses(logits: Tensor, tokens: Tensor, loss_mask: Tensor) -> Tensor:
-    """Summed next-token cross-entropy in nats of each sequence, [B]; logits [B, T, V], targets where loss_mask [B, T]."""
-    losses = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-    return (losses.view(len(tokens), -1) * loss_mask[:, 1:]).sum(1)
+def sequence_losses(logits: Tensor, targets: Tensor, wanted: Tensor) -> Tensor:
+    """Summed cross-entropy in nats of each sequence, [B]: logits [B, L, V], targets int64 and wanted bool [B, L]."""
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1), targets.to(logits.device).flatten(), reduction="none")
+    return (losses.view(targets.shape) * wanted.to(logits.device)).sum(1)
 
 
 class Recorder:
-    """Records inputs and outputs of the tracked layers during a forward pass, and differentiates a loss by the outputs."""
+    """Records inputs and outputs of the tracked layers during a forward pass, and differentiates a loss by the outputs.
+
+    The first tracked layer that runs is where the graph begins: nothing before it is differentiated.
+    """
 
     def __init__(self, layers: Mapping[str, nn.Module]):
         self.layers = layers
@@ -165,7 +178,7 @@ class Recorder:
         def record(module, arguments, output):
             if name in self._outputs:
                 raise ValueError(f"layer {name!r} ran twice in one forward pass: its gradient is not one outer product")
-            self._inputs[name] = arguments[0].detach()
+            self._inputs[name] = arguments[0]
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
             self._outputs[name] = output
@@ -182,20 +195,37 @@ class Recorder:
         if missing:
             raise RuntimeError(f"these tracked layers did not run in the forward pass: {', '.join(sorted(missing))}")
         grads = torch.autograd.grad(loss, [self._outputs[name] for name in self.layers])
-        found = {}
-        for (name, module), g in zip(self.layers.items(), grads, strict=True):
-            a = self._inputs[name]
-            if a.dtype in (torch.bfloat16, torch.float16):
-                a, g = a.float(), g.float()
-            if module.bias is not None:
-                a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2)
-            found[name] = TokenGradients(a, g)
+        inputs = {id(a): _widened(a.detach()) for a in self._inputs.values()}
+        found = {
+            name: TokenGradients(inputs[id(self._inputs[name])], _widened(g), module.bias is not None)
+            for (name, module), g in zip(self.layers.items(), grads, strict=True)
+        }
         self._forget()
         return found
 
-    def discard(self) -> None:
-        """Drop what a forward pass recorded, when no gradient of it is wanted."""
-        self._forget()
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def sequence_gradients(
+    model: nn.Module, recorder: Recorder, batch: Batch, labels: Tensor | Callable[[Tensor], Tensor] | None = None
+) -> tuple[dict[str, TokenGradients], Tensor]:
+    """One forward and backward pass: every tracked layer's token gradients, and the labels int64 [B, T].
+
+    labels: what is to be predicted, [B, T] (default: the tokens), or a function from the logits [B, L, V] of the
+    counted positions to the targets int64 [B, L] (labels drawn from the model).
+    """
+    end = batch.length
+    logits = forward(model, batch.tokens[:, :end])
+    if callable(labels):
+        drawn = labels(logits.detach())
+        labels = batch.tokens.clone()
+        labels[:, 1 : end + 1] = drawn.to(labels.device)
+    elif labels is None:
+        labels = batch.tokens
+    losses = sequence_losses(logits, labels[:, 1 : end + 1], batch.loss_mask[:, 1 : end + 1])
+    return recorder.gradients(losses.sum()), labels
 
 
 @contextmanager
@@ -219,5 +249,22 @@ def forward(model: nn.Module, tokens: Tensor) -> Tensor:
     Also accepts a module that returns the logits themselves.
     """
     output = model(input_ids=tokens, use_cache=False) if hasattr(model, "config") else model(tokens)
-    logits = output.logits if hasattr(output, "logits") else output
-    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    return _widened(output.logits if hasattr(output, "logits") else output)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes (a model: where its first layer does); for weights that `accelerate` keeps elsewhere, the
+    device it moves them to."""
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+        for parameter in part.parameters(recurse=False):
+            if not parameter.is_meta:
+                return parameter.device
+    return torch.device("cpu")
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """float64 for a float64 model; float32 for every other, half precision included."""
+    return torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32

@@ -6,80 +6,29 @@ in nats for epsilon = 1: positive means that more weight on z raises log p(compl
 target tokens. One copy of z added to N training sequences is epsilon = 1 / N, so *nats per copy* = I / N. EK-FAC's
 absolute scale needs a referee; ranks and ratios are what it is good for.
 
-Everything happens in the eigenbasis, where the inverse is a division: one pass over the training sequences serves
-every query, and the whitened norm (self-influence) comes from the same gradients.
+One pass over the training sequences serves every query. It can be shared by several processes (`processes.py`), be killed
+and gone on with (`resume`), and keep only the ends of each query's ranking (`top_scores`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from influence_kit.ekfac import Factors, Progress, _working_dtype
-from influence_kit.gradients import Recorder, as_batches, count, forward, frozen, sequence_losses, shape_of
+from influence_kit.directions import Directions, rotated_sides
+from influence_kit.ekfac import Progress
+from influence_kit.factors import Factors, Rotator
+from influence_kit.gradients import Recorder, batch_rows, count, device_of, frozen, read_batch, sequence_gradients
+from influence_kit.processes import add_up, mine, rank_and_size, stacked, wait
+from influence_kit.resume import State, key_of
+from influence_kit.scores import FORMS, Scores, Source, TopScores, ends
+from influence_kit.shelf import aligned_width
 
-
-class Ranked(NamedTuple):
-    """One row of a ranking; a list of these makes a DataFrame."""
-
-    rank: int
-    sequence: int
-    score: float
-    nats_per_copy: float
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Influence of N training sequences on Q queries.
-
-    values [Q, N]: raw I in nats at epsilon = 1. by_layer [Q, N, L] or None, in the order of `layers`; sums to values.
-    self_influence [N]: |phi_n|^2 of the whitened training gradient; query_norm [Q]: |phi_q|.
-    corpus_size: number of sequences of the training corpus (the N of the nats-per-copy convention).
-    """
-
-    values: Tensor
-    self_influence: Tensor
-    query_norm: Tensor
-    layers: tuple[str, ...]
-    corpus_size: int
-    by_layer: Tensor | None = None
-
-    @property
-    def nats_per_copy(self) -> Tensor:
-        """I / corpus_size [Q, N]: predicted change of log p(query) in nats when one more copy is added."""
-        return self.values / self.corpus_size
-
-    @property
-    def relatif(self) -> Tensor:
-        """phi_q . phi_n / |phi_n| [Q, N] (Barshan et al. 2020): influence at a fixed size of the parameter change."""
-        return self.values / self._norms()
-
-    @property
-    def cosine(self) -> Tensor:
-        """phi_q . phi_n / (|phi_q| |phi_n|) [Q, N], in [-1, 1]."""
-        return self.values / self._norms() / self.query_norm[:, None].clamp(min=torch.finfo(self.values.dtype).tiny)
-
-    def _norms(self) -> Tensor:
-        return self.self_influence.sqrt().clamp(min=torch.finfo(self.values.dtype).tiny)
-
-    def top(self, k: int, query: int = 0) -> list[Ranked]:
-        """The k most positive sequences of one query, best first; ties by position."""
-        return self._ranked(k, query, descending=True)
-
-    def bottom(self, k: int, query: int = 0) -> list[Ranked]:
-        """The k most negative sequences of one query, most negative first."""
-        return self._ranked(k, query, descending=False)
-
-    def _ranked(self, k: int, query: int, descending: bool) -> list[Ranked]:
-        if not -len(self.values) <= query < len(self.values):
-            raise ValueError(f"query={query} is out of range: there are {len(self.values)} queries")
-        row = self.values[query]
-        order = row.argsort(descending=descending, stable=True)[: max(k, 0)].tolist()
-        return [Ranked(r, i, float(row[i]), float(row[i]) / self.corpus_size) for r, i in enumerate(order, 1)]
+CHUNKS = 512  # parts of a scan: what a killed one goes on from, and what processes share
 
 
 def score(
@@ -89,50 +38,101 @@ def score(
     sequences: Mapping[str, Tensor],
     damping: float = 0.1,
     batch_size: int = 32,
+    *,
     by_layer: bool = False,
+    self_influence: bool = True,
+    rank: int | float | None = None,
+    memory: float = 2e9,
     corpus_size: int | None = None,
+    resume: str | os.PathLike | None = None,
     progress: Progress | None = None,
 ) -> Scores:
     """Influence of every sequence on every query.
 
     queries, sequences: `input_ids` int64 [., T] with optional `loss_mask` bool; a query's mask marks its completion.
     damping: lambda of each layer as a share of the mean of its eigenvalues (the paper's 0.1).
-    by_layer: also keep [Q, N, L]. corpus_size: sequences of the whole training corpus, default N.
+    by_layer: also keep [Q, N, L].
+    self_influence: also keep |phi_n|^2, for RelatIF and cosine. It needs every token in the eigenbasis: where sequences
+        are short against the layers, leaving it out halves the scan.
+    rank: hold query directions at this rank, or at the lowest that keeps their relative error under a number below 1
+        (the paper's query batching); the errors are in the result.
+    memory: bytes of query directions held in memory; beyond it they are read from a temporary file for every batch.
+    corpus_size: sequences of the whole training corpus, default N.
+    resume: a folder (one that all processes see) for the state from which a killed scan goes on, with any number of
+        processes. progress: called with (sequences done, sequences to do).
+
+    Under `torchrun` with a process group, ranks share the sequences; all get the same scores.
 
     Raises ValueError when the factors belong to other layers or shapes than the model's, or a query has no target.
-    Cost: one pass over the queries; one over the sequences, each (T + Q) P M' multiplications a layer beyond the model's own.
+    Cost: one pass over the queries; one over the sequences, each (L + Q) P M' multiplications a layer beyond the model's
+    own forward pass and backward pass to the tracked outputs, and L (P^2 + M'^2) more for self_influence.
     """
-    check_damping(damping)
-    factors = _on(model, factors)
-    chosen = _chosen(model, factors)
-    whitened, directions = _query_directions(model, factors, chosen, queries, damping, batch_size)
-    query_norm = sum(phi.square().sum(1) for phi in whitened.values()).sqrt()  # type: ignore[union-attr]
-    del whitened
-    inverse = {name: 1 / layer.damped(damping).flatten() for name, layer in factors.layers.items()}
-    total, device = count(sequences), next(model.parameters()).device
-    values, norms, layer_values = [], [], []
-    with frozen(model), Recorder(chosen) as recorder:
-        for rows, batch in as_batches(sequences, batch_size, device):
-            losses = sequence_losses(forward(model, batch.tokens), batch.tokens, batch.loss_mask)
-            parts, norm = [], 0
-            for name, gradients in recorder.gradients(losses.sum()).items():
-                rotated = factors.layers[name].sequence_gradients(gradients).flatten(1)
-                parts.append(directions[name] @ rotated.T)
-                norm = norm + rotated.square() @ inverse[name]  # type: ignore[assignment]
-            values.append(sum(parts).cpu())  # type: ignore[union-attr]
-            norms.append(norm.cpu())  # type: ignore[attr-defined]
-            if by_layer:
-                layer_values.append(torch.stack(parts, 2).cpu())
-            if progress:
-                progress(rows.stop, total)
+    scan = _Scan(model, factors, queries, sequences, damping, batch_size, by_layer, self_influence, rank, memory)
+    total, found = count(sequences), scan.directions.count
+    values = torch.zeros(found, total, dtype=scan.directions.norms.dtype)
+    norms = torch.zeros(total, dtype=values.dtype) if self_influence else None
+    layer_values = torch.zeros(found, total, len(scan.factors.layers), dtype=values.dtype) if by_layer else None
+    with scan.state(resume, "score") as state:
+        for rows, part in scan.chunks(state, lambda rows, part: part, progress):
+            values[:, rows] = part["values"]
+            if norms is not None:
+                norms[rows] = part["self_influence"]
+            if layer_values is not None:
+                layer_values[:, rows] = part["by_layer"]
+        add_up([tensor for tensor in (values, norms, layer_values) if tensor is not None])
     return Scores(
-        torch.cat(values, 1),
-        torch.cat(norms),
-        query_norm.cpu(),
-        tuple(chosen),
+        values,
+        norms,
+        scan.directions.norms,
+        tuple(scan.factors.layers),
         corpus_size or total,
-        torch.cat(layer_values, 1) if by_layer else None,
+        layer_values,
+        scan.directions.errors,
+        Source(model, factors, queries, sequences, damping),
     )
+
+
+def top_scores(
+    model: nn.Module,
+    factors: Factors,
+    queries: Mapping[str, Tensor],
+    sequences: Mapping[str, Tensor],
+    k: int = 100,
+    damping: float = 0.1,
+    batch_size: int = 32,
+    *,
+    form: str = "raw",
+    rank: int | float | None = None,
+    memory: float = 2e9,
+    corpus_size: int | None = None,
+    resume: str | os.PathLike | None = None,
+    progress: Progress | None = None,
+) -> TopScores:
+    """The k most and k least influential sequences of every query, from one pass that keeps nothing else.
+
+    For corpora whose scores [Q, N] do not fit. form: raw, relatif or cosine. The other arguments are `score`'s.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form={form!r} is not known; choose one of {', '.join(FORMS)}")
+    if k < 1:
+        raise ValueError(f"k={k!r} must be at least 1")
+    scan = _Scan(model, factors, queries, sequences, damping, batch_size, False, form != "raw", rank, memory)
+    size = corpus_size or count(sequences)
+
+    def both_ends(rows: slice, part: dict[str, Tensor]) -> dict[str, Tensor]:
+        scores = Scores(part["values"], part.get("self_influence"), scan.directions.norms, (), size)
+        values = scores.values if form == "raw" else getattr(scores, form)
+        both = values[:, None].expand(-1, 2, -1)
+        best, places = ends(both, torch.arange(rows.start, rows.stop).expand_as(both), k)
+        return {"values": best, "sequences": places}
+
+    nothing = torch.zeros(scan.directions.count, 2, 0, dtype=scan.directions.norms.dtype)
+    values, rows = ends(nothing, nothing.long(), k)
+    with scan.state(resume, "top", k, form) as state:
+        for _, part in scan.chunks(state, both_ends, progress):
+            values, rows = ends(torch.cat([values, part["values"]], 2), torch.cat([rows, part["sequences"]], 2), k)
+        values, rows = ends(torch.cat(list(stacked(values)), 2), torch.cat(list(stacked(rows)), 2), k)
+    return TopScores(values, rows, form, size)
 
 
 def token_scores(
@@ -148,68 +148,100 @@ def token_scores(
     Entry t is Ds_t^T V a_t: what the *updating* position t contributes, through every target it helps predict, first of
     all token t + 1. `query` holds a single row.
     """
-    check_damping(damping)
     if count(query) != 1:
         raise ValueError(f"token_scores takes one query, got {count(query)} rows")
-    factors = _on(model, factors)
-    chosen = _chosen(model, factors)
-    _, directions = _query_directions(model, factors, chosen, query, damping, batch_size)
-    device, found = next(model.parameters()).device, []
-    with frozen(model), Recorder(chosen) as recorder:
-        for _, batch in as_batches(sequences, batch_size, device):
-            losses = sequence_losses(forward(model, batch.tokens), batch.tokens, batch.loss_mask)
-            summed = 0
-            for name, gradients in recorder.gradients(losses.sum()).items():
-                a, g = factors.layers[name].rotate(gradients)
-                direction = directions[name].view(g.shape[2], a.shape[2])
-                summed = summed + ((g @ direction) * a).sum(2)  # type: ignore[assignment]
-            found.append(summed.cpu())  # type: ignore[attr-defined]
-    return torch.cat(found)
+    check_damping(damping)
+    factors = factors.beside(model)
+    directions = Directions(model, factors, query, damping, rotated_sides(factors, 1, 0, True))
+    modules, rotator = dict(model.named_modules()), Rotator()
+    length = read_batch(sequences, slice(0, 1)).tokens.shape[1]
+    summed = torch.zeros(count(sequences), length, dtype=directions.norms.dtype)
+    with frozen(model), Recorder({name: modules[name] for name in factors.layers}) as recorder:
+        for rows in batch_rows(count(sequences), batch_size):
+            batch = read_batch(sequences, rows, device_of(model))
+            for name, found in sequence_gradients(model, recorder, batch)[0].items():
+                a, g = rotator.tokens(factors.layers[name], found)
+                summed[rows, : batch.length] += ((g @ directions.whole(name)[0]) * a).sum(2).cpu()
+    return summed
+
+
+class _Scan:
+    """The pass over the sequences, in parts that processes share and that a folder can keep."""
+
+    def __init__(self, model, factors, queries, sequences, damping, batch_size, by_layer, norms, rank, memory) -> None:
+        check_damping(damping)
+        self.model, self.sequences, self.batch_size, self.by_layer = model, sequences, batch_size, by_layer
+        self.about = (queries, damping, batch_size, by_layer, norms, rank)
+        self.factors = factors.beside(model)
+        tokens = count(sequences) * (read_batch(sequences, slice(0, 1)).tokens.shape[1] - 1) if count(sequences) else 0
+        rotated = rotated_sides(self.factors, count(queries), tokens // rank_and_size()[1], norms)
+        self.directions = Directions(model, self.factors, queries, damping, rotated, rank, batch_size, memory)
+        self.inverse = {n: _inverse(layer.damped(damping)) for n, layer in self.factors.layers.items()} if norms else {}
+
+    @contextmanager
+    def state(self, folder: str | os.PathLike | None, *purpose: object) -> Iterator[State]:
+        """Where finished parts are kept until the whole scan is done."""
+        if folder is None:
+            key = ""
+        else:
+            queries, *others = self.about
+            asked = list(read_batch(queries, slice(0, count(queries))))
+            curvature = [layer.eigenvalues for layer in self.factors.layers.values()]
+            key = key_of(self.model, self.sequences, purpose, others, *asked, *curvature)
+        state = State(folder, key)
+        yield state
+        wait()
+        state.forget()
+
+    def chunks(
+        self, state: State, reduce: Callable[[slice, dict[str, Tensor]], dict[str, Tensor]], progress: Progress | None
+    ) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        """(sequences, what `reduce` makes of their values [Q, n], self_influence [n] and by_layer [Q, n, L])."""
+        total, rotator = count(self.sequences), Rotator()
+        each = self.batch_size * max(1, -(-total // (self.batch_size * CHUNKS)))
+        modules = dict(self.model.named_modules())
+        done, share = 0, 1 / rank_and_size()[1]
+        with frozen(self.model), Recorder({name: modules[name] for name in self.factors.layers}) as recorder:
+            for rows in mine(batch_rows(total, each)):
+                name = f"{rows.start:012}-{rows.stop:012}"
+                part = state.load(name)
+                if part is None:
+                    parts = []
+                    for some in batch_rows(rows.stop - rows.start, self.batch_size):
+                        found = slice(rows.start + some.start, rows.start + some.stop)
+                        parts.append(self._batch(recorder, rotator, found))
+                        if progress:
+                            progress(min(done + some.stop, total), max(round(total * share), 1))
+                    part = reduce(
+                        rows, {n: torch.cat([p[n] for p in parts], int(n != "self_influence")) for n in parts[0]}
+                    )
+                    state.save(name, part)
+                done += rows.stop - rows.start
+                yield rows, part
+
+    def _batch(self, recorder: Recorder, rotator: Rotator, rows: slice) -> dict[str, Tensor]:
+        batch = read_batch(self.sequences, rows, device_of(self.model))
+        shares, norms = [], 0
+        for name, found in sequence_gradients(self.model, recorder, batch)[0].items():
+            scores, norm = self.directions.contract(name, found, rotator, self.inverse.get(name))
+            shares.append(scores.cpu())
+            norms = norms + norm.cpu()  # type: ignore[assignment]
+        part = {"values": sum(shares)}
+        if self.inverse:
+            part["self_influence"] = norms  # type: ignore[assignment]
+        if self.by_layer:
+            part["by_layer"] = torch.stack(shares, 2)
+        return part  # type: ignore[return-value]
+
+
+def _inverse(damped: Tensor) -> Tensor:
+    """1 / (Lambda + lambda) [P, W], zero in the columns that align its rows."""
+    inverse = damped.new_zeros(len(damped), aligned_width(damped.shape[1]))
+    inverse[:, : damped.shape[1]] = 1 / damped
+    return inverse
 
 
 def check_damping(damping: float) -> None:
     """Raise ValueError unless damping is a number >= 0."""
     if not damping >= 0:
         raise ValueError(f"damping={damping!r} must be zero or positive: it is a share of the mean eigenvalue")
-
-
-def _on(model: nn.Module, factors: Factors) -> Factors:
-    return factors.to(next(model.parameters()).device, _working_dtype(model))
-
-
-def _chosen(model: nn.Module, factors: Factors) -> dict[str, nn.Module]:
-    modules = dict(model.named_modules())
-    missing = [name for name in factors.layers if name not in modules]
-    if missing:
-        raise ValueError(f"the factors belong to another model: it has no layer {missing[0]!r}")
-    for name, layer in factors.layers.items():
-        p, m = shape_of(modules[name])
-        expected = (p, m + (modules[name].bias is not None))
-        if tuple(layer.eigenvalues.shape) != expected:
-            raise ValueError(
-                f"layer {name!r}: factors are {tuple(layer.eigenvalues.shape)}, the model's are {expected}"
-            )
-    return {name: modules[name] for name in factors.layers}
-
-
-def _query_directions(
-    model, factors, chosen, queries, damping, batch_size
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Per layer: whitened query gradients phi_q [Q, P M'], and directions (G + lambda)^-1 grad in the eigenbasis [Q, P M'].
-
-    Signs: both gradients are of losses, i.e. of -log p, so the product equals that of log-probability gradients.
-    """
-    whitened: dict[str, list[Tensor]] = {name: [] for name in chosen}
-    roots = {name: layer.damped(damping).sqrt() for name, layer in factors.layers.items()}
-    with frozen(model), Recorder(chosen) as recorder:
-        for rows, batch in as_batches(queries, batch_size, next(model.parameters()).device):
-            empty = ~batch.loss_mask.any(1)
-            if empty.any():
-                raise ValueError(
-                    f"query {rows.start + int(empty.nonzero()[0])} has no target token: its loss_mask is empty"
-                )
-            losses = sequence_losses(forward(model, batch.tokens), batch.tokens, batch.loss_mask)
-            for name, gradients in recorder.gradients(losses.sum()).items():
-                whitened[name].append((factors.layers[name].sequence_gradients(gradients) / roots[name]).flatten(1))
-    phi = {name: torch.cat(parts) for name, parts in whitened.items()}
-    return phi, {name: phi[name] / roots[name].flatten() for name in phi}

@@ -5,8 +5,10 @@ import torch
 from conftest import ARCHITECTURES, random_sequences, tiny_model
 from torch import nn
 
-from influence_kit.ekfac import Factors, LayerFactors, fit_ekfac, sample_labels, uniforms
-from influence_kit.gradients import TokenGradients, forward
+from influence_kit import ekfac
+from influence_kit.ekfac import fit_ekfac
+from influence_kit.gradients import forward
+from influence_kit.labels import sample_labels, uniforms
 
 
 def exact_layer_fisher(model, name, data):
@@ -100,16 +102,6 @@ def test_permuting_the_sequences_with_their_labels_changes_nothing():
     assert again.details["labels"] == "given"
 
 
-def test_both_orders_of_rotation_agree():
-    torch.manual_seed(0)
-    for tokens in (2, 50):
-        a, g = torch.randn(3, tokens, 7).double(), torch.randn(3, tokens, 5).double()
-        q_a, q_s = torch.linalg.qr(torch.randn(7, 7).double())[0], torch.linalg.qr(torch.randn(5, 5).double())[0]
-        layer = LayerFactors(q_a, q_s, torch.ones(5, 7).double())
-        expected = q_s.T @ torch.einsum("ntp,ntm->npm", g, a) @ q_a
-        torch.testing.assert_close(layer.sequence_gradients(TokenGradients(a, g)), expected)
-
-
 def test_labels_follow_the_model_s_distribution():
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
     draws = uniforms(0, slice(0, 200), 500)
@@ -129,18 +121,6 @@ def test_draws_of_a_row_do_not_depend_on_length_or_batch():
     assert torch.equal(uniforms(5, slice(3, 6), 40)[1, :9], uniforms(5, slice(4, 5), 9)[0])
 
 
-@pytest.mark.parametrize("method", ["ekfac", "kfac", "diagonal", "identity"])
-def test_saved_factors_come_back_to_the_bit_and_the_file_is_stable(tmp_path, method):
-    factors = fit_ekfac(tiny_model("gpt2", dtype=torch.float32), random_sequences(8), method=method)
-    factors.save(tmp_path / "one.safetensors")
-    loaded = Factors.load(tmp_path / "one.safetensors")
-    loaded.save(tmp_path / "two.safetensors")
-    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
-    assert list(loaded.layers) == list(factors.layers) and loaded.details == factors.details
-    for name in factors.layers:
-        assert torch.equal(loaded.layers[name].eigenvalues, factors.layers[name].eigenvalues)
-
-
 def test_kfac_eigenvalues_have_the_curvature_s_scale():
     model, data = tiny_model("gpt_neox", depth=1), random_sequences(64)
     ekfac, kfac = fit_ekfac(model, data), fit_ekfac(model, data, method="kfac")
@@ -154,7 +134,7 @@ def test_kfac_eigenvalues_have_the_curvature_s_scale():
     [
         ({"labels": "none"}, "labels='none'"),
         ({"method": "ekfak"}, "method='ekfak'"),
-        ({"labels": torch.zeros(3, 12, dtype=torch.long)}, r"do not match input_ids \[N, 12\]"),
+        ({"labels": torch.zeros(3, 12, dtype=torch.long)}, r"do not match input_ids \[8, 12\]"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):
@@ -170,9 +150,87 @@ def test_nothing_to_fit_on_is_said():
         fit_ekfac(tiny_model("gpt_neox"), {"input_ids": torch.zeros(0, 12, dtype=torch.long)})
 
 
-def test_foreign_file_is_not_mistaken_for_factors(tmp_path):
-    from safetensors.torch import save_file
+@pytest.mark.parametrize("labels", ["sampled", "data"])
+def test_token_gradients_in_memory_in_a_file_or_computed_again_give_the_same_factors(labels, monkeypatch):
+    model, data = tiny_model("llama"), random_sequences(12, padded=True)
+    one, other = fit_ekfac(model, data, labels=labels), fit_ekfac(model, data, labels=labels, memory=0)
+    monkeypatch.setattr(ekfac, "free_disk", lambda: 0)
+    third = fit_ekfac(model, data, labels=labels, memory=0, batch_size=12)
+    some = fit_ekfac(model, data, labels=labels, memory=40_000)  # room for a part of the batches
+    for name in one.layers:
+        for factors in (other, third, some):
+            assert torch.equal(one.layers[name].eigenvalues, factors.layers[name].eigenvalues)
 
-    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="not written by Factors"):
-        Factors.load(tmp_path / "x.safetensors")
+
+def test_layers_that_read_the_same_input_share_its_basis():
+    model, data = tiny_model("llama"), random_sequences(6)
+    layers = {name.rpartition("layers.")[2]: f for name, f in fit_ekfac(model, data, "all").layers.items()}
+    assert layers["0.mlp.gate_proj"].inputs[0] is layers["0.mlp.up_proj"].inputs[0]
+    assert layers["1.self_attn.q_proj"].inputs[0] is layers["1.self_attn.v_proj"].inputs[0]
+    assert layers["0.mlp.gate_proj"].inputs[0] is not layers["1.mlp.gate_proj"].inputs[0]
+
+
+@pytest.mark.parametrize("blocks", [2, 3])
+def test_block_diagonal_factors_are_the_whole_ones_of_the_blocks(blocks):
+    """The paper's Appendix A: eigenbases of the diagonal blocks of A and S, eigenvalues corrected in that basis."""
+    model, data = tiny_model("gpt_neox"), random_sequences(20)
+    whole = fit_ekfac(model, data, method="kfac")
+    cut = fit_ekfac(model, data, labels=whole.labels, blocks=blocks)
+    for name, layer in cut.layers.items():
+        spectrum = whole.layers[name]
+        S = spectrum.Q_S @ torch.diag(spectrum.eigenvalues.sum(1)) @ spectrum.Q_S.T  # S up to a factor
+        mask = torch.block_diag(*(torch.ones(len(q), len(q)) for q in layer.outputs)).bool()
+        turned = layer.Q_S.T @ S.masked_fill(~mask, 0) @ layer.Q_S
+        torch.testing.assert_close(turned, torch.diag(turned.diagonal()), rtol=0, atol=1e-9 * float(S.abs().max()))
+        assert len(layer.inputs) == blocks and sum(map(len, layer.inputs)) == layer.eigenvalues.shape[1]
+        # an orthogonal basis keeps the trace, whichever it is
+        trace = fit_ekfac(model, data, labels=whole.labels).layers[name].eigenvalues.sum()
+        assert float(layer.eigenvalues.sum()) == pytest.approx(float(trace))
+    with pytest.raises(ValueError, match="blocks=0"):
+        fit_ekfac(model, data, blocks=0)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [0.3, 0.8])
+def test_killed_fit_goes_on_to_the_same_factors(tmp_path, monkeypatch, at):
+    from influence_kit import resume
+
+    monkeypatch.setattr(resume, "SAVE_SECONDS", -1)
+    model, data = tiny_model("llama"), random_sequences(20, padded=True)
+    expected, seen = fit_ekfac(model, data, batch_size=4), []
+
+    def kill(done, to_do):
+        if done > at * to_do:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit_ekfac(model, data, batch_size=4, resume=tmp_path, progress=kill)
+    again = fit_ekfac(model, data, batch_size=4, resume=tmp_path, progress=lambda done, to_do: seen.append(done))
+    assert min(seen) > at * 40 and torch.equal(again.labels, expected.labels)
+    assert again.details == expected.details
+    for name in expected.layers:
+        assert torch.equal(again.layers[name].eigenvalues, expected.layers[name].eigenvalues)
+        assert torch.equal(again.layers[name].Q_A, expected.layers[name].Q_A)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"batch_size": 5}, {"labels": "data"}])
+def test_state_of_another_fit_is_not_used(tmp_path, monkeypatch, change):
+    from influence_kit import resume
+
+    monkeypatch.setattr(resume, "SAVE_SECONDS", -1)
+    model, data = tiny_model("llama"), random_sequences(20)
+
+    def kill(done, to_do):
+        if done > to_do / 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit_ekfac(model, data, batch_size=4, resume=tmp_path, progress=kill)
+    asked = {"batch_size": 4} | change
+    again, expected = fit_ekfac(model, data, resume=tmp_path, **asked), fit_ekfac(model, data, **asked)
+    for name in expected.layers:
+        assert torch.equal(again.layers[name].eigenvalues, expected.layers[name].eigenvalues)

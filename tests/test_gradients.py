@@ -8,9 +8,11 @@ from torch import nn
 from influence_kit.gradients import (
     Batch,
     Recorder,
-    as_batches,
+    batch_rows,
     forward,
     frozen,
+    read_batch,
+    sequence_gradients,
     sequence_losses,
     shape_of,
     tracked_layers,
@@ -21,7 +23,7 @@ def weight_gradient(model, layer, tokens, mask):
     """[P, M (+1)] by ordinary back-propagation through the weights."""
     for parameter in layer.parameters():
         parameter.grad = None
-    sequence_losses(forward(model, tokens), tokens, mask).sum().backward()
+    sequence_losses(forward(model, tokens)[:, :-1], tokens[:, 1:], mask[:, 1:]).sum().backward()
     weight = layer.weight.grad if isinstance(layer, nn.Linear) else layer.weight.grad.T
     return weight if layer.bias is None else torch.cat([weight, layer.bias.grad[:, None]], 1)
 
@@ -32,12 +34,13 @@ def weight_gradient(model, layer, tokens, mask):
 def test_outer_products_sum_to_the_weight_gradient(architecture, layers, padded):
     model, data = tiny_model(architecture), random_sequences(3, padded=padded)
     chosen = tracked_layers(model, layers)
-    (_, batch), *_ = as_batches(data, 3)
+    batch = read_batch(data, slice(0, 3))
     with frozen(model), Recorder(chosen) as recorder:
-        losses = sequence_losses(forward(model, batch.tokens), batch.tokens, batch.loss_mask)
-        found = recorder.gradients(losses.sum())
+        found, _ = sequence_gradients(model, recorder, batch)
     for name, layer in chosen.items():
-        ours = found[name].outputs.transpose(1, 2) @ found[name].inputs
+        a, g, bias = found[name]
+        assert bias == (layer.bias is not None)
+        ours = g.transpose(1, 2) @ (torch.cat([a, torch.ones_like(a[..., :1])], 2) if bias else a)
         for n in range(3):
             theirs = weight_gradient(model, layer, batch.tokens[n : n + 1], batch.loss_mask[n : n + 1])
             torch.testing.assert_close(ours[n], theirs, rtol=1e-10, atol=1e-12)
@@ -45,19 +48,21 @@ def test_outer_products_sum_to_the_weight_gradient(architecture, layers, padded)
 
 def test_no_gradient_reaches_positions_that_are_not_counted():
     model, data = tiny_model("gpt_neox"), random_sequences(4, padded=True)
-    (_, batch), *_ = as_batches(data, 4)
+    batch = read_batch(data, slice(0, 4))
     chosen = tracked_layers(model)
     with frozen(model), Recorder(chosen) as recorder:
-        loss = sequence_losses(forward(model, batch.tokens), batch.tokens, batch.loss_mask).sum()
-        for gradients in recorder.gradients(loss).values():
+        found, _ = sequence_gradients(model, recorder, batch)
+        for gradients in found.values():
+            assert gradients.outputs.shape[1] == batch.length < 12
             assert gradients.outputs[~batch.counted].abs().max() == 0
             assert gradients.outputs[batch.counted].abs().sum(-1).min() > 0
 
 
 def test_counted_positions_have_a_target_after_them():
-    mask = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0]]).bool()
-    expected = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]]).bool()
-    assert torch.equal(Batch(torch.zeros(3, 4, dtype=torch.long), mask).counted, expected)
+    mask = torch.tensor([[0, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]).bool()
+    batch = Batch(torch.zeros(3, 4, dtype=torch.long), mask)
+    assert batch.length == 2  # nothing is computed at or after the last target
+    assert torch.equal(batch.counted, torch.tensor([[1, 1], [1, 0], [0, 0]]).bool())
 
 
 def test_the_model_is_left_as_it_was():
@@ -118,11 +123,26 @@ def test_layer_that_runs_twice_is_refused():
         model(torch.zeros(1, 3, dtype=torch.long))
 
 
+def test_layers_that_read_the_same_tensor_hold_it_once():
+    model, data = tiny_model("llama"), random_sequences(2)
+    chosen = tracked_layers(model, "all")
+    with frozen(model), Recorder(chosen) as recorder:
+        found, _ = sequence_gradients(model, recorder, read_batch(data, slice(0, 2)))
+    inputs = {name.rpartition(".")[2]: each.inputs for name, each in found.items() if ".0." in name}
+    assert inputs["q_proj"] is inputs["k_proj"] is inputs["v_proj"]
+    assert inputs["gate_proj"] is inputs["up_proj"]
+    assert inputs["gate_proj"] is not inputs["q_proj"]
+
+
 def test_bad_shapes_are_named():
     with pytest.raises(ValueError, match=r"\[N, T\]"):
-        list(as_batches({"input_ids": torch.zeros(4, dtype=torch.long)}, 2))
+        read_batch({"input_ids": torch.zeros(4, dtype=torch.long)}, slice(0, 2))
+    with pytest.raises(ValueError, match="at least 2"):
+        read_batch({"input_ids": torch.zeros(4, 1, dtype=torch.long)}, slice(0, 2))
     with pytest.raises(ValueError, match="must have one shape"):
-        list(as_batches({"input_ids": torch.zeros(4, 3), "loss_mask": torch.ones(4, 2)}, 2))
+        read_batch({"input_ids": torch.zeros(4, 3), "loss_mask": torch.ones(4, 2)}, slice(0, 2))
+    with pytest.raises(ValueError, match="batch_size=0"):
+        batch_rows(4, 0)
 
 
 def test_a_dataset_works_like_a_mapping():
@@ -130,5 +150,6 @@ def test_a_dataset_works_like_a_mapping():
 
     data = random_sequences(5, padded=True)
     dataset = Dataset.from_dict({name: tensor.tolist() for name, tensor in data.items()})
-    for (_, ours), (_, theirs) in zip(as_batches(data, 2), as_batches(dataset, 2), strict=True):
+    for rows in batch_rows(5, 2):
+        ours, theirs = read_batch(data, rows), read_batch(dataset, rows)
         assert torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.loss_mask, theirs.loss_mask)

@@ -5,8 +5,10 @@ import torch
 from conftest import ARCHITECTURES, random_sequences, tiny_model
 
 from influence_kit.ekfac import fit_ekfac
-from influence_kit.gradients import Recorder, as_batches, forward, frozen, sequence_losses, tracked_layers
-from influence_kit.scoring import score, token_scores
+from influence_kit.factors import LayerFactors, Rotator
+from influence_kit.gradients import Recorder, forward, frozen, read_batch, sequence_losses, tracked_layers
+from influence_kit.gradients import sequence_gradients as gradients_of
+from influence_kit.scoring import score, token_scores, top_scores
 
 
 def queries_of(rows: int = 3, length: int = 12):
@@ -18,10 +20,13 @@ def queries_of(rows: int = 3, length: int = 12):
 def sequence_gradients(model, data):
     """{layer: [N, P, M']} by plain outer products."""
     chosen = tracked_layers(model)
-    (_, batch), *_ = as_batches(data, len(data["input_ids"]))
+    rotator = Rotator()
     with frozen(model), Recorder(chosen) as recorder:
-        losses = sequence_losses(forward(model, batch.tokens), batch.tokens, batch.loss_mask)
-        return {n: g.outputs.transpose(1, 2) @ g.inputs for n, g in recorder.gradients(losses.sum()).items()}
+        found, _ = gradients_of(model, recorder, read_batch(data, slice(0, len(data["input_ids"]))))
+        for name, each in found.items():
+            a, g = rotator.tokens(LayerFactors(None, None, torch.empty(0)), each)
+            found[name] = g.transpose(1, 2) @ a
+    return found
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -98,8 +103,8 @@ def test_finite_difference_of_a_small_step_is_the_identity_score(architecture):
                 layer.weight.data += change if isinstance(layer, torch.nn.Linear) else change.T
             if sign == 1:
                 with torch.no_grad():
-                    logits = forward(model, queries["input_ids"])
-                    found = -sequence_losses(logits, queries["input_ids"], queries["loss_mask"])
+                    logits = forward(model, queries["input_ids"])[:, :-1]
+                    found = -sequence_losses(logits, queries["input_ids"][:, 1:], queries["loss_mask"][:, 1:])
         return found
 
     difference = torch.stack([(moved(n, step) - moved(n, -step)) / (2 * step) for n in range(4)], 1)
@@ -127,7 +132,8 @@ def test_influences_cancel_where_the_training_gradient_vanishes():
 
     def closure():
         optimiser.zero_grad()
-        loss = sequence_losses(model(data["input_ids"]), data["input_ids"], data["loss_mask"]).mean()
+        logits = model(data["input_ids"])[:, :-1]
+        loss = sequence_losses(logits, data["input_ids"][:, 1:], data["loss_mask"][:, 1:]).mean()
         loss.backward()
         return loss
 
@@ -173,6 +179,141 @@ def test_query_without_a_target_is_refused_before_the_scan():
         score(model, fit_ekfac(model, data), data | {"loss_mask": torch.zeros(6, 12).bool()}, data)
     with pytest.raises(ValueError, match="takes one query"):
         token_scores(model, fit_ekfac(model, data), data, data)
+
+
+def setting(architecture="llama", dtype=torch.float64, rows=23, padded=True, **fit):
+    """A model, its factors, queries and sequences."""
+    model = tiny_model(architecture, dtype=dtype)
+    return (
+        model,
+        fit_ekfac(model, random_sequences(20, seed=5), **fit),
+        queries_of(),
+        random_sequences(rows, padded=padded),
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("rows", [2, 200])
+def test_scan_without_norms_gives_the_same_scores(architecture, rows):
+    """Directions turned out of the eigenbasis (many sequences) or left in it (few), bias aside or not."""
+    setup = setting(architecture, rows=rows)
+    whole, bare = score(*setup), score(*setup, self_influence=False, by_layer=True)
+    torch.testing.assert_close(bare.values, whole.values, rtol=1e-9, atol=1e-10 * float(whole.values.abs().max()))
+    torch.testing.assert_close(bare.by_layer.sum(2), bare.values, rtol=1e-9, atol=1e-12)
+    assert bare.self_influence is None
+    with pytest.raises(ValueError, match="self_influence=False"):
+        _ = bare.relatif
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_directions_in_a_file_score_like_those_in_memory(norms):
+    setup = setting("gpt_neox")
+    one, other = score(*setup, self_influence=norms), score(*setup, self_influence=norms, memory=0)
+    assert torch.equal(one.values, other.values)
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_query_batching_at_full_rank_is_exact_and_states_its_error_below_it(norms):
+    setup = setting("gpt_neox")
+    exact = score(*setup, self_influence=norms)
+    full = score(*setup, self_influence=norms, rank=64)
+    scale = float(exact.values.abs().max())
+    torch.testing.assert_close(full.values, exact.values, rtol=1e-9, atol=1e-10 * scale)
+    assert float(full.query_error.max()) < 1e-6 and exact.query_error is None
+    low, lower = score(*setup, rank=4), score(*setup, rank=1)
+    assert 0 < float(low.query_error.min()) < float(low.query_error.max()) < float(lower.query_error.min()) < 1
+    within = score(*setup, rank=0.01)
+    assert float(within.query_error.max()) <= 0.01
+    # the error of the direction bounds that of the score: |dI| <= |dV| |D|
+    assert float((within.values - exact.values).abs().max()) < 0.05 * scale
+    for bad in (0, -1, 1.5, 0.0):
+        with pytest.raises(ValueError, match="rank="):
+            score(*setup, rank=bad)
+
+
+@pytest.mark.parametrize("form", ["raw", "relatif", "cosine"])
+def test_top_scores_keep_both_ends_of_the_whole_ranking(form):
+    setup = setting(rows=60)
+    whole = score(*setup, batch_size=7)
+    values = whole.values if form == "raw" else getattr(whole, form)
+    ends = top_scores(*setup, k=9, form=form, batch_size=7, corpus_size=600)
+    for query in range(3):
+        order = values[query].argsort(descending=True)
+        assert [row.sequence for row in ends.top(9, query)] == order[:9].tolist()
+        assert [row.sequence for row in ends.bottom(4, query)] == order.flip(0)[:4].tolist()
+        assert ends.top(1, query)[0].score == pytest.approx(float(values[query].max()))
+    assert ends.top(1)[0].nats_per_copy == ends.top(1)[0].score / 600
+    with pytest.raises(ValueError, match="more than the 9"):
+        ends.top(10)
+    with pytest.raises(ValueError, match="form='best'"):
+        top_scores(*setup, form="best")
+
+
+def test_top_scores_of_fewer_sequences_than_asked_for():
+    setup = setting(rows=3)
+    ends = top_scores(*setup, k=5)
+    assert len(ends.top(3)) == 3 and ends.sequences[0, 0].tolist()[3:] == [-1, -1]
+
+
+def test_equal_scores_rank_by_position():
+    model, factors, queries, sequences = setting(rows=1)
+    same = {name: tensor.repeat(8, 1) for name, tensor in sequences.items()}
+    ends = top_scores(model, factors, queries, same, k=4, batch_size=1)
+    assert [row.sequence for row in ends.top(4)] == [0, 1, 2, 3] == [row.sequence for row in ends.bottom(4)]
+
+
+def test_tokens_of_a_few_sequences_without_another_scan():
+    setup = setting()
+    scores = score(*setup)
+    tokens = scores.per_token(1, [4, 2])
+    assert tokens.shape == (2, 12)
+    torch.testing.assert_close(tokens.sum(1), scores.values[1, [4, 2]], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(tokens, token_scores(*setup[:2], _row(setup[2], 1), _row(setup[3], [4, 2])))
+    from dataclasses import replace
+
+    with pytest.raises(ValueError, match="do not know their model"):
+        replace(scores, source=None).per_token(0, [1])
+
+
+def _row(data, rows):
+    return {name: tensor[rows].reshape(-1, tensor.shape[1]) for name, tensor in data.items()}
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("what", [score, top_scores])
+def test_killed_scan_goes_on_where_it_stopped(tmp_path, what):
+    setup = setting(rows=40)
+    expected = what(*setup, batch_size=4)
+
+    def kill(done, to_do):
+        if done > to_do / 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        what(*setup, batch_size=4, resume=tmp_path, progress=kill)
+    kept, seen = sorted(path.name for path in tmp_path.iterdir()), []
+    assert len(kept) == 5
+    (tmp_path / kept[0]).write_bytes(b"damaged")
+    again = what(*setup, batch_size=4, resume=tmp_path, progress=lambda done, to_do: seen.append(done))
+    assert torch.equal(again.values, expected.values)
+    assert len(seen) == 6  # the damaged part, and the five that were not made
+    assert not list(tmp_path.iterdir())
+
+
+def test_state_of_another_scan_is_not_used(tmp_path):
+    setup, seen = setting(rows=8), []
+
+    def kill(done, to_do):
+        if done == to_do:
+            raise Killed
+
+    with pytest.raises(Killed):
+        score(*setup, batch_size=4, resume=tmp_path, progress=kill)
+    scores = score(*setup, damping=0.2, batch_size=4, resume=tmp_path, progress=lambda done, to_do: seen.append(done))
+    assert seen == [4, 8] and torch.equal(scores.values, score(*setup, damping=0.2, batch_size=4).values)
 
 
 def test_half_precision_model_scores_like_the_full_one():

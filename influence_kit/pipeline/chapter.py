@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
 
-    from influence_kit.ekfac import Factors
+    from influence_kit.factors import Factors
     from influence_kit.measures.intervals import Estimate
     from influence_kit.measures.verdicts import Claim
     from influence_kit.reading.cards import Card
     from influence_kit.reading.style import SavedFigure
-    from influence_kit.scoring import Scores
+    from influence_kit.scores import Scores
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Run:
         """The influence scores at a fraction of training."""
         from safetensors.torch import load_file
 
-        from influence_kit.scoring import Scores
+        from influence_kit.scores import Scores
 
         found = load_file(ensure(self.trained.influence[fraction]) / "scores.safetensors")
         size = self.world.sequences.num_rows
@@ -131,7 +131,7 @@ class Run:
 
     def factors(self, fraction: float = 1.0) -> Factors:
         """The EK-FAC factors that the scan used."""
-        from influence_kit.ekfac import Factors
+        from influence_kit.factors import Factors
 
         return Factors.load(ensure(self.trained.influence[fraction]) / "factors.safetensors")
 

@@ -1,12 +1,14 @@
-"""The command line: run, stages, test, doctor. Exit codes: 0 done, 1 a stage failed, 2 yours to mend, 130 Ctrl-C, 137 memory."""
+"""The command line: run, stages, scale, test, doctor. Exit codes: 0 done, 1 a stage failed, 2 yours to mend, 130 Ctrl-C, 137 memory."""
 
 import errno
+import inspect
+import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -29,7 +31,9 @@ app = typer.Typer(
 Profile = Annotated[str, typer.Option(help="smoke, laptop, gpu or hub.")]
 Only = Annotated[list[str], typer.Option(metavar="CHAPTER…", help="These chapters: 03, or 03_heavy_tails.")]
 Seeds = Annotated[list[str], typer.Option(metavar="SEED…", help="These seeds instead of the profile's: 0,1,2.")]
-ShowPlan = Annotated[bool, typer.Option("--plan", help="Show what would be done, and its cost; do nothing.")]
+ShowPlan = Annotated[
+    bool, typer.Option("--plan", help="Show the cost and do nothing; with --sequences, of that size (scale --help).")
+]
 Force = Annotated[list[str], typer.Option(metavar="STAGE|all", help="Make again: a kind of stage, a chapter, or all.")]
 Jobs = Annotated[int | None, typer.Option(min=1, help="Processes at the same time (default: the cores).")]
 WithoutRealText = Annotated[
@@ -192,6 +196,56 @@ def _make(
     return len(make_all(plan.todo, jobs, forced))
 
 
+def _number(meaning: str, kind: Callable = int, least: float = 1) -> typer.models.OptionInfo:
+    """An option that takes a number, written 64 or 1e7, of `least` or more."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < math.inf or kind(value) != value:
+            wanted = "whole number" if kind is int else "number"
+            raise typer.BadParameter(f"{text!r} is no {wanted} of {least:g} or more: give one, such as 64 or 1e7")
+        return kind(value)
+
+    return typer.Option(parser=number, metavar="NUMBER", help=meaning)
+
+
+@app.command()
+def scale(
+    sequences: Annotated[int, _number("N, training sequences to scan.")],
+    parameters: Annotated[float, _number("Of the model, embeddings not counted.", float)],
+    length: Annotated[int | None, _number("T, tokens of a sequence (512).", least=2)] = None,
+    queries: Annotated[int | None, _number("Q (64).")] = None,
+    fit: Annotated[int | None, _number("Sequences that factors are fitted on (1e5, or all).")] = None,
+    layers: Annotated[Literal["mlp", "all"], typer.Option(help="Whose weights carry influence.")] = "mlp",
+    ranks: Annotated[int | None, _number("Processes, each on a device of its own (1).")] = None,
+    blocks: Annotated[int | None, _number("Diagonal blocks of a covariance (1).")] = None,
+    rank: Annotated[int | None, _number("Of query directions (whole).")] = None,
+    batch_size: Annotated[int | None, _number("Sequences of a batch (32).")] = None,
+    top: Annotated[int | None, _number("Keep this many of either end of a ranking (all scores).")] = None,
+    self_influence: Annotated[bool, typer.Option("--self-influence", help="Norms of sequences too.")] = False,
+    index_bytes: Annotated[int | None, _number("That an index keeps of a sequence (8192).")] = None,
+    memory: Annotated[float | None, _number("Bytes of query directions in memory (2e9).", float, 0)] = None,
+    disk: Annotated[float | None, _number("Bytes of temporary files (half of what is free).", float, 0)] = None,
+    flops: Annotated[float | None, _number("Operations a second of a rank (measured here).", float)] = None,
+    dtype: Annotated[
+        Literal["float64", "float32", "bfloat16", "float16"], typer.Option(help="Of weights.")
+    ] = "float32",
+) -> None:
+    """Time and bytes of fitting, scanning and indexing at any size; `run --plan --sequences 1e7 …` is the same."""
+    from influence_kit.pipeline.scale import Work, decoder, describe, speed_of
+    from influence_kit.shelf import free_disk
+
+    chosen: dict[str, float | None] = {"length": length, "queries": queries, "ranks": ranks, "blocks": blocks}
+    chosen |= {"rank": rank, "batch_size": batch_size, "top": top, "index_bytes": index_bytes, "memory": memory}
+    chosen |= {"fit": fit or min(100_000, sequences), "disk": free_disk() if disk is None else disk}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    work = Work(sequences, self_influence=self_influence, dtype=dtype, **given)  # type: ignore[arg-type]
+    print(describe(decoder(parameters, layers), work, speed_of(flops)))
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def test(context: typer.Context) -> None:
     """Run the test suite; everything after `test` goes to pytest."""
@@ -226,6 +280,17 @@ def unfold(arguments: Sequence[str]) -> list[str]:
     return unfolded
 
 
+def at_scale(words: list[str]) -> list[str]:
+    """`run --plan --sequences 1e7 …` -> `scale --sequences 1e7 …`. Raises UserError where --plan is missing."""
+    options = {f"--{name.replace('_', '-')}" for name in inspect.signature(scale).parameters}
+    asked = [word for word in words if word.partition("=")[0] in options]
+    if words[:1] != ["run"] or not asked:
+        return words
+    if "--plan" not in words:
+        raise UserError(f"{asked[0]} is about a cost, and nothing of that size is run from here: add --plan")
+    return ["scale", *(word for word in words[1:] if word != "--plan")]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; every foreseeable end is one line on stderr and an exit code (see the module's first line)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -233,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("PYTHONHASHSEED", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        words = words if words[:1] == ["test"] else unfold(words)
+        words = words if words[:1] == ["test"] else at_scale(unfold(words))
         if app(words, prog_name="influence-kit", standalone_mode=False) == INTERRUPTED:
             raise KeyboardInterrupt  # typer makes a code of it
     except typer.TyperException as error:

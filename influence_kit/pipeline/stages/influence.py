@@ -11,7 +11,8 @@ from torch import from_numpy
 
 from influence_kit import models
 from influence_kit.corpora.world import World, batch_of
-from influence_kit.ekfac import Factors, fit_ekfac
+from influence_kit.ekfac import fit_ekfac
+from influence_kit.factors import Factors
 from influence_kit.scoring import score
 
 
@@ -38,6 +39,7 @@ def influence(parameters: dict, inputs: dict[str, Path], out: Path, progress) ->
             batch_of(world.sequences, fit_rows),
             parameters["layers"],
             seed=parameters["seed"],
+            resume=out / "resume" / "fit",
             progress=lambda done, to_do: progress(share * done / to_do, 1, "factors"),
         )
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -49,8 +51,10 @@ def influence(parameters: dict, inputs: dict[str, Path], out: Path, progress) ->
         batch_of(world.sequences, rows),
         parameters["damping"],
         corpus_size=total,
+        resume=out / "resume" / "scan",
         progress=lambda done, to_do: progress(share + (1 - share) * done / to_do, 1, "scan"),
     )
+    assert scores.self_influence is not None
     tensors = {"values": scores.values, "self_influence": scores.self_influence, "query_norm": scores.query_norm}
     tensors |= {"rows": from_numpy(rows), "queries": from_numpy(asked)}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / "scores.safetensors")
