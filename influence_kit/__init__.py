@@ -17,6 +17,8 @@ _HOME = {
     "TopScores": "scores",
     "token_scores": "scoring",
     "Scores": "scores",
+    "build_index": "index",
+    "Index": "index",
     "tracked_layers": "gradients",
     "UserError": "errors",
 }
