@@ -54,7 +54,7 @@ from influence_kit.processes import add_up, mine, rank_and_size, wait
 from influence_kit.resume import key_of
 from influence_kit.scores import FORMS, Scores, TopScores, ends
 from influence_kit.scoring import check_damping, score
-from influence_kit.shelf import aligned_width
+from influence_kit.shelf import Buffers, aligned_width
 
 VERSION = 1
 PILOT = 1024  # sequences, evenly spaced, whose gradients choose the coordinates
@@ -226,13 +226,15 @@ class Index:
                 f"sequences has {count(sequences)} rows, {self.sequences} were indexed: give the same corpus"
             )
         self._check(model)
+        bits, buffers = self.about["bits"], Buffers()
         asked, norms = self._asked(model, queries, batch_size)
+        fields = _fields(asked, bits)
         nothing = torch.zeros(len(asked), 2, 0)
         values, rows = ends(nothing, nothing.long(), k)
         size = k if sequences is None else rescore
         for start, codes, about in self._shards():
             tiles = batch_rows(len(codes), max(TILE // codes.shape[1], 1))
-            products = torch.cat([_products(codes[some], asked, self.about["bits"]) for some in tiles], 1)
+            products = torch.cat([_products(codes[some], fields, bits, buffers) for some in tiles], 1)
             found = Scores(products * about[:, 1], about[:, 0], norms, (), self.sequences)
             both = (found.values if form == "raw" else getattr(found, form))[:, None].expand(-1, 2, -1)
             places = torch.arange(start, start + len(codes)).expand_as(both)
@@ -411,16 +413,27 @@ def _encode(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return codes, x.square().sum(1) / along.clamp(min=tiny)
 
 
-def _products(codes: Tensor, asked: Tensor, bits: int) -> Tensor:
-    """[Q, n] inner products of asked [Q, d] with unscaled codes uint8 [n, bytes]."""
+def _fields(asked: Tensor, bits: int) -> list[Tensor]:
+    """Queries [Q, d] as what each field of a code's bytes is multiplied with, [Q, bytes] each."""
     if bits == 16:
-        return asked @ codes.contiguous().view(torch.float16).float().T
-    fields = asked.view(len(asked), 8 // bits, -1)
-    products = -(2 ** (bits - 1) - 0.5) * asked.sum(1, keepdim=True).expand(-1, len(codes))
-    for i in range(8 // bits):
-        # A field stays where it is in its byte: the query carries the power of two instead.
-        field = (codes & ((2**bits - 1) << (bits * i))).float()
-        products = products + (fields[:, i] / 2 ** (bits * i)).contiguous() @ field.T
+        return [asked]
+    # A field is read where it stands in its byte: the query carries the power of two instead.
+    parts = asked.view(len(asked), 8 // bits, -1)
+    return [parts[:, i].contiguous() / 2 ** (bits * i) for i in range(8 // bits)]
+
+
+def _products(codes: Tensor, fields: list[Tensor], bits: int, buffers: Buffers) -> Tensor:
+    """[Q, n] inner products of queries with unscaled codes uint8 [n, bytes]."""
+    if bits == 16:
+        return fields[0] @ codes.contiguous().view(torch.float16).float().T
+    middle = 2 ** (bits - 1) - 0.5
+    products = sum(-middle * 2 ** (bits * i) * field.sum(1, keepdim=True) for i, field in enumerate(fields))
+    assert isinstance(products, Tensor)
+    levels = buffers("levels", tuple(codes.shape), codes)
+    numbers = buffers("numbers", tuple(codes.shape), fields[0])
+    for i, field in enumerate(fields):
+        torch.bitwise_and(codes, (2**bits - 1) << (bits * i), out=levels)
+        products = torch.addmm(products, field, numbers.copy_(levels).T)
     return products
 
 

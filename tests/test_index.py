@@ -17,6 +17,7 @@ from influence_kit.ekfac import fit_ekfac
 from influence_kit.factors import Rotator
 from influence_kit.index import Index, build_index, recall
 from influence_kit.scoring import score, top_scores
+from influence_kit.shelf import Buffers
 
 WHOLE = 1 << 20  # bytes a sequence at which a tiny model's gradient is kept whole
 
@@ -104,7 +105,7 @@ def test_codes_are_unbiased(bits):
         mixed = [(hadamard @ (v * signs)[order].view(64, -1)).view(1, -1) for v in (x, q)]
         codes, scale = module._encode(mixed[0], bits)
         assert codes.shape == (1, 512 * bits // 8)
-        products.append(module._products(codes, torch.cat(mixed), bits)[:, 0] * scale)
+        products.append(module._products(codes, module._fields(torch.cat(mixed), bits), bits, Buffers())[:, 0] * scale)
     products = torch.stack(products)
     torch.testing.assert_close(products[:, 0], x.dot(x).expand(400), rtol=1e-4, atol=0)
     error = float((products[:, 1].mean() - x.dot(q)).abs())

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from influence_kit.directions import OVERSAMPLED, POWER_STEPS, QUERY_BLOCK
+from influence_kit.directions import LEANING, OVERSAMPLED, POWER_STEPS, QUERY_BLOCK
 from influence_kit.ekfac import fit_ekfac
 from influence_kit.errors import UserError
 from influence_kit.gradients import WIDEST
@@ -189,7 +189,7 @@ def _scan(s: _Sizes) -> list[Stage]:
     asked, scanned, held = s.passes + s.formed, s.passes, []
     for layer in s.layers:
         P, M, _ = layer
-        outputs, inputs = (norms or 2 * work.sequences * s.L < Q * other for other in (M, P))  # as in rotated_sides
+        outputs, inputs = (norms or LEANING * work.sequences * s.L < Q * other for other in (M, P))  # as in rotated_sides
         back_P, back_M = (not outputs) * s.square[P], (not inputs) * s.square[M]
         if r is None:
             held.append(P * (aligned_width(M) if inputs else M))

@@ -101,7 +101,7 @@ def run_influence_kit(asked: argparse.Namespace, folder: Path) -> dict:
     sequences, queries = {"input_ids": files["train"], "loss_mask": files["mask"]}, {"input_ids": files["query"]}
     times = {"setup": clock(asked) - started}
     at = clock(asked)
-    factors = fit_ekfac(model, sequences, labels=files["labels"])
+    factors = fit_ekfac(model, sequences, labels=files["labels"], batch_size=16)
     times["factors"] = clock(asked) - at
     at = clock(asked)
     scores = score(model, factors, queries, sequences, self_influence=False)
@@ -128,28 +128,26 @@ def beside_training(asked, model, factors, queries, sequences) -> dict[str, floa
             model.zero_grad()
             sequence_losses(logits, batch.tokens[:, 1:], batch.loss_mask[:, 1:]).sum().backward()
 
-    def scan(asked_for: dict, norms: bool) -> float:
-        prepared = scoring._Scan(model, factors, asked_for, sequences, 0.1, 32, False, norms, None, 4e9)
-        with prepared.state(None) as state:
-            at = clock(asked)
-            for _ in prepared.chunks(state, lambda rows, part: part, None):
-                pass
-            return clock(asked) - at
-
     twice = {"input_ids": torch.cat([queries["input_ids"]] * 2)}
-    found: dict[str, list[float]] = {
-        "training pass": [],
-        "scan": [],
-        "scan, queries doubled": [],
-        "scan with norms": [],
+    prepared = {
+        name: scoring._Scan(model, factors, some, sequences, 0.1, 32, False, norms, None, 4e9)
+        for name, some, norms in (
+            ("scan", queries, False),
+            ("scan, queries doubled", twice, False),
+            ("scan with norms", queries, True),
+        )
     }
+    found: dict[str, list[float]] = {name: [] for name in ("training pass", *prepared)}
     for _ in range(2):
         at = clock(asked)
         train()
         found["training pass"].append(clock(asked) - at)
-        found["scan"].append(scan(queries, False))
-        found["scan, queries doubled"].append(scan(twice, False))
-        found["scan with norms"].append(scan(queries, True))
+        for name, scan in prepared.items():
+            with scan.state(None) as state:
+                at = clock(asked)
+                for _ in scan.chunks(state, lambda rows, part: part, None):
+                    pass
+                found[name].append(clock(asked) - at)
     return {name: min(seconds) for name, seconds in found.items()}
 
 
@@ -345,9 +343,11 @@ def main() -> None:
             sys.exit(1)
         print(table := report(asked, folder, ran))
         if asked.readme:
+            sys.path.insert(0, str(ROOT))
+            from influence_kit.pipeline.readme import fill
+
             readme = ROOT / "README.md"
-            before, rest = readme.read_text().split("<!-- rivals -->\n")
-            readme.write_text(f"{before}<!-- rivals -->\n{table}\n<!-- /rivals -->{rest.split('<!-- /rivals -->')[1]}")
+            readme.write_text(fill(readme.read_text(), {"rivals": table + "\n"}))
 
 
 def launch(asked: argparse.Namespace, folder: Path, program: str) -> dict | None:
