@@ -9,13 +9,13 @@ products are the scores, and |phi|^2. Whole in float16 where they fit into `byte
 
 Why few bits: phi has nearly as many directions as the layers have weights, so at a given size the error comes from directions
 left out far more than from rounding. Recall of the exact top 10 at either end after rescoring 100, at 8 kB a sequence, 50
-queries, 2,850 to 4,000 sequences, models of width 32, 64, 128 on Atlas | real text:
+queries, one seed, 2,850 to 4,000 sequences, models of width 32, 64, 128 on Atlas | real text:
 
-    two-sided orthonormal projection, float16      .89 .58   -  |  .98 .86   -
-    coordinates of largest Lambda/(Lambda + lambda) .91 .45 .35 |  .99 .87 .70
-    coordinates of largest mean phi^2, float16     .95 .70 .59  |  .99 .92 .78
-    the same, one bit, as they are                 .94 .90 .93  | 1.00 1.00 .99
-    the same, one bit, mixed (what is kept here)   .99 .98 .96  | 1.00 1.00 .99
+    orthonormal projection of either side, float16     .89  .58   -   |  .98  .86   -
+    coordinates of largest Lambda / (Lambda + lambda)  .91  .45  .35  |  .99  .87  .70
+    coordinates of largest mean phi^2, float16         .95  .70  .59  |  .99  .92  .78
+    the same, one bit, not mixed                       .94  .90  .93  | 1.00 1.00  .99
+    what is kept here                                 1.00  .98  .98  | 1.00 1.00  .99
 
 *Mixed*: given random signs, and each 64 that lie far apart turned by a Hadamard matrix, which makes coordinates alike and so
 lets one scale a sequence serve them all. The scale is |x|^2 / x.u (x the mixed coordinates, u their codes), which makes
