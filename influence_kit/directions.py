@@ -1,4 +1,4 @@
-"""What each query asks of a parameter change: directions V = (G + lambda)^-1 grad log p(query), one [P, M'] a layer.
+"""Preconditioned query gradients V = (G + lambda)^-1 grad log p(query), one [P, M'] a layer: *directions* in short.
 
 A sequence's score is the inner product of V with its gradient, sum_t g_t^T V a_t. Held whole, V takes P M' numbers a query
 and layer; at rank r (the paper's Sec. 3.2.2) r (P + M').
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from influence_kit.blas import matmul
 from influence_kit.factors import Factors, Rotated, Rotator, rotate_columns, rotate_rows
 from influence_kit.gradients import (
     Recorder,
@@ -30,15 +31,15 @@ from influence_kit.shelf import Buffers, Shelf, aligned_width, free_disk
 
 OVERSAMPLED = 8  # columns beyond the rank in the randomised decomposition
 POWER_STEPS = 2
-LEANING = 8
+LEANING = 8  # how much rather V is turned, once, than tokens in every scan
 QUERY_BLOCK = 1 << 24  # elements of query gradients formed at a time
 TOKEN_BLOCK = 1 << 24  # elements of token products formed at a time at low rank
 
 
 def rotated_sides(factors: Factors, queries: int, tokens: int, norms: bool) -> dict[str, Rotated]:
     """For each layer the sides that the scan rotates: all where whitened norms are wanted, else those where rotating the
-    tokens of all this process's sequences takes under an eighth of the multiplications that turning V out of the eigenbasis
-    takes. V is turned once, tokens in every scan: the balance leans towards V."""
+    tokens of all this process's sequences takes under 1 / LEANING of the multiplications that turning V out of the eigenbasis
+    takes."""
     chosen = {}
     for name, layer in factors.layers.items():
         p, m = layer.eigenvalues.shape
@@ -117,36 +118,32 @@ class Directions:
                 column = rotate_columns(column, layer.outputs, back=True)
             self._bias.setdefault(name, direction.new_empty(self.count, direction.shape[1]))[rows] = column
             direction = direction[..., :-1]
-        target = self._slot(name, rows, direction)
+        slot = self._slot(name, rows, direction)
+        target = slot[..., : direction.shape[2]]
         if rotated.outputs or layer.outputs is None:
             target.copy_(direction)
         elif len(layer.outputs) == 1:
             for one, place in zip(direction, target, strict=True):
-                torch.mm(layer.outputs[0], one, out=place)
+                matmul(layer.outputs[0], one, place)
         else:
             target.copy_(rotate_rows(direction, layer.outputs, back=True))
         if f"{name}/V" not in self._shelf:
             self._pieces[name].append((rows, f"{name}/V {rows.start}"))
-            wide = target.new_zeros(len(target), target.shape[1], aligned_width(target.shape[2]))
-            wide[..., : target.shape[2]] = target
-            self._shelf.put(f"{name}/V {rows.start}", wide.flatten(1))
+            self._shelf.put(f"{name}/V {rows.start}", slot.flatten(1))
 
     def _slot(self, name: str, rows: slice, direction: Tensor) -> Tensor:
-        """Where V of these queries goes, [B, P, M or M']: a part of the whole, or scratch."""
+        """Where V of these queries goes, [B, P, W] in aligned rows: a part of the whole layer's, or a tensor of its own."""
         whole, (p, m) = f"{name}/V", direction.shape[1:]
-        if not self._pieces[name]:
-            empty = direction.new_empty(self.count, p * aligned_width(m))
-            empty.view(self.count, p, -1)[..., m:] = 0
-            if self._shelf.memory >= empty.nbytes:
-                self._shelf.put(whole, empty)
-                self._pieces[name].append((slice(None), whole))
+        width = aligned_width(m)
+        if not self._pieces[name] and self._shelf.memory >= self.count * p * width * direction.element_size():
+            # Not zeros: their pages would be written twice.
+            empty = direction.new_empty(self.count, p, width)
+            empty[..., m:] = 0
+            self._shelf.put(whole, empty.flatten(1))
+            self._pieces[name].append((slice(0, self.count), whole))
         if whole in self._shelf:
-            return self._unflattened(self._shelf.get(whole, self._buffers), m)[rows]
-        return self._scratch("slot", (len(direction), p, m), direction)
-
-    def _unflattened(self, V: Tensor, columns: int) -> Tensor:
-        """[Q, P, columns] of a kept V [Q, P W], whose rows are aligned."""
-        return V.view(len(V), -1, aligned_width(columns))[..., :columns]
+            return self._shelf.get(whole, self._buffers)[rows].view(-1, p, width)
+        return direction.new_zeros(len(direction), p, width)
 
     def _keep_low(self, name: str, rows: slice, left: Tensor, right: Tensor) -> None:
         """[P, B r] and [M', B r]; out of the eigenbasis where the scan leaves a side alone, which is cheap at low rank."""
@@ -180,7 +177,7 @@ class Directions:
                 column_sums = rotate_columns(column_sums, layer.outputs)
             scores += self._bias[name] @ column_sums.T
             found = found._replace(bias=False)
-        for some, rows, gradient in rotator.blocks(layer, found, rotated):
+        for some, rows, gradient in rotator.pieces(layer, found, rotated):
             start, flat = (rows.start or 0) * gradient.shape[2], gradient.flatten(1)
             for asked, V in pieces:
                 scores[asked, some].addmm_(V[:, start : start + flat.shape[1]], flat.T)
@@ -188,9 +185,11 @@ class Directions:
                 norms[some] += flat.square_() @ inverse[rows].flatten()
         return scores, norms
 
-    def whole(self, name: str) -> Tensor:
-        """V [Q, P, M'] of one layer, where the scan rotates both sides and memory holds it."""
-        return self._unflattened(self._shelf.get(f"{name}/V", self._buffers), self.layers[name].eigenvalues.shape[1])
+    def of_query(self, name: str, query: int) -> Tensor:
+        """V [P, M'] of one query and layer, where the scan rotates both sides."""
+        rows, key = next(piece for piece in self._pieces[name] if piece[0].start <= query < piece[0].stop)
+        p, m = self.layers[name].eigenvalues.shape
+        return self._shelf.get(key, self._buffers)[query - rows.start].view(p, -1)[:, :m]
 
     def _low_rank_scores(self, name: str, a: Tensor, g: Tensor) -> Tensor:
         """sum_t (g_t^T L_q) . (R_q a_t), [Q, B]: L r (P + M' + 1) multiplications a query and sequence."""
@@ -198,7 +197,7 @@ class Directions:
         scores = a.new_zeros(self.count, shape[0])
         for asked, key in self._pieces[name]:
             left, right = (self._shelf.get(f"{key}/{side}", self._buffers) for side in ("left", "right"))
-            number = (asked.stop or self.count) - (asked.start or 0)
+            number = asked.stop - asked.start
             rank = left.shape[1] // number
             step = max(TOKEN_BLOCK // (tokens * rank), 1)
             for start in range(0, number, step):

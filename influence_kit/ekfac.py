@@ -18,11 +18,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from influence_kit.blas import eigh, matmul
 from influence_kit.factors import Basis, Factors, LayerFactors, Rotator
 from influence_kit.gradients import Recorder, batch_rows, count, device_of, dtype_of, frozen, shape_of, tracked_layers
 from influence_kit.labels import PseudoGradients
-from influence_kit.processes import add_up, mine, rank_and_size, share, wait
-from influence_kit.resume import State, by_rank, key_of
+from influence_kit.processes import all_reduce, barrier, broadcast, rank_and_size, shard
+from influence_kit.resume import State, by_rank, digest, witnesses
 from influence_kit.shelf import Shelf, aligned, free_disk
 
 METHODS = ("ekfac", "kfac", "diagonal", "identity")
@@ -39,7 +40,7 @@ def fit_ekfac(
     seed: int = 0,
     method: str = "ekfac",
     blocks: int = 1,
-    memory: float = 5e8,
+    memory: float = 1e9,
     resume: str | os.PathLike | None = None,
     progress: Progress | None = None,
 ) -> Factors:
@@ -79,10 +80,11 @@ def fit_ekfac(
     details["labels"] = labels if isinstance(labels, str) else "given"
     report = progress or (lambda done, to_do: None)
     with frozen(model), Recorder(chosen) as recorder:
-        key = "" if resume is None else key_of(model, sequences, details, batch_size, labels, rank_and_size()[1])
+        about = (details, batch_size, labels, rank_and_size()[1])
+        key = "" if resume is None else digest(model, *witnesses(sequences), *about)
         state = State(resume, key)
         source = PseudoGradients(model, recorder, sequences, labels, seed, Shelf(memory, free_disk()))
-        batches = mine(batch_rows(total, batch_size))
+        batches = shard(batch_rows(total, batch_size))
         passes = 1 if method in ("kfac", "diagonal") else 2
         spectra: dict[str, tuple[Tensor, Tensor]] = {}
         if method != "diagonal":
@@ -102,8 +104,8 @@ def fit_ekfac(
                 source, state, batches, bases, lambda done: report(before + done, passes * total)
             )
         if method == "diagonal":
-            add_up([source.labels, source.counted])
-    wait()
+            all_reduce([source.labels, source.counted])
+    barrier()
     state.forget()
     fitted = {n: LayerFactors(*bases[n], eigenvalues[n]) for n in chosen}
     details["tokens"] = int(source.counted.sum())
@@ -137,7 +139,7 @@ def _covariances(
     if not sums:  # more ranks than batches: this one has read nothing
         sums = _no_sums(source, blocks)
     sums = dict(sorted(sums.items()))  # the same order on every rank, whatever was resumed
-    add_up([*sums.values(), source.labels, source.counted])
+    all_reduce([*sums.values(), source.labels, source.counted])
     if int(source.counted.sum()) == 0:
         raise ValueError("loss_mask selects no target in any sequence: nothing to fit factors on")
     return sums
@@ -150,12 +152,14 @@ def _add_product(sums: Sums, name: str, x: Tensor, bias: bool, blocks: int) -> N
         key = f"{name} {i:04}"
         if key not in sums:
             sums[key] = torch.zeros(size, size, dtype=torch.float64, device=x.device)
-        total = sums[key]
+        total = sums[key] = sums[key].to(x.device)  # one that a killed fit left lies on the CPU
         width = size - (bias and start + size > x.shape[1])
         part = x[:, start : start + width]
         step = max(width // 8, 128)
         for row in range(0, width, step):
-            total[row:width, row : min(row + step, width)] += part[:, row:].T @ part[:, row : row + step]
+            columns = part[:, row : row + step]
+            product = part.new_empty(width - row, columns.shape[1])
+            total[row:width, row : row + len(product.T)] += matmul(part[:, row:].T, columns, product)
         if width < size:
             total[-1, :width] += part.sum(0)
             total[-1, -1] += len(x)
@@ -187,13 +191,13 @@ def _spectra(sums: Sums, tokens: int, dtype: torch.dtype) -> dict[str, tuple[Ten
     for index, name in enumerate(list(sums)):
         total = sums.pop(name)
         if index % size == rank:
-            values, vectors = torch.linalg.eigh(total.div_(tokens))  # reads the lower triangle
+            values, vectors = eigh(total.div_(tokens))
         else:
             values, vectors = total.new_empty(len(total)), total
         found[name] = (values, aligned(vectors.to(dtype)))
     for index, pair in enumerate(found.values()):
         for tensor in pair:
-            share(tensor, index % size)
+            broadcast(tensor, index % size)
     return found
 
 
@@ -218,7 +222,7 @@ def _second_moments(
         p, m = shape_of(module)
         width = m + (module.bias is not None)
         sums[name] = torch.zeros(p, width, dtype=torch.float64, device=device_of(module))
-    layers = Factors({n: LayerFactors(*bases[n], sums[n]) for n in modules}).to(dtype=dtype_of(source.model)).layers
+    layers = Factors({n: LayerFactors(*bases[n], sums[n]) for n in modules}).beside(source.model).layers
     rotator = Rotator(source.buffers)
     loaded, done = _loaded(source, state, "eigenvalues")
     for name, tensor in loaded.items():
@@ -227,12 +231,12 @@ def _second_moments(
         if index < done:
             continue
         for name, found in source.read(rows)[0].items():
-            for _, some, gradient in rotator.blocks(layers[name], found):
+            for _, some, gradient in rotator.pieces(layers[name], found):
                 sums[name][some] += gradient.square_().sum(0)[:, : sums[name].shape[1]]
         if state.due():
             _save(source, state, "eigenvalues", sums, index + 1)
         report(rows.stop)
-    add_up(sums.values())
+    all_reduce(sums.values())
     return {name: total / count(source.sequences) for name, total in sums.items()}
 
 
@@ -247,6 +251,5 @@ def _loaded(source: PseudoGradients, state: State, name: str) -> tuple[Sums, int
     if kept is None:
         return {}, 0
     source.labels, source.counted = kept["labels"], kept["counted"]
-    return {key[4:]: tensor.to(source.device) for key, tensor in kept.items() if key.startswith("sum ")}, int(
-        kept["done"]
-    )
+    sums = {key[4:]: tensor for key, tensor in kept.items() if key.startswith("sum ")}
+    return sums, int(kept["done"])

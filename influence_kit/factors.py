@@ -18,13 +18,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from influence_kit.blas import matmul
 from influence_kit.gradients import TokenGradients, device_of, dtype_of, shape_of
 from influence_kit.shelf import Buffers, aligned, aligned_width
 
-Basis = tuple[
-    Tensor, ...
-]  # orthonormal eigenvectors as columns of diagonal blocks [m_i, m_i], sum of m_i the side's width
-CPU_BLOCK = 1 << 22  # elements of gradients formed at a time: what stays in a CPU's cache
+# Orthonormal eigenvectors as columns of diagonal blocks [m_i, m_i]; the m_i sum to the side's width.
+Basis = tuple[Tensor, ...]
+CPU_BLOCK = 1 << 24  # elements of gradients formed at a time
 GPU_BLOCK = 1 << 28
 
 
@@ -63,11 +63,6 @@ class LayerFactors:
         """Lambda + damping * mean(Lambda), [P, M']: the paper's damping with damping = 0.1."""
         return self.eigenvalues + damping * self.eigenvalues.mean()
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LayerFactors:
-        """A copy on another device or in another dtype."""
-
-        return _moved({"": self}, {"": device}, dtype)[""]
-
 
 def _moved(
     layers: Mapping[str, LayerFactors], devices: Mapping[str, torch.device | str | None], dtype: torch.dtype | None
@@ -77,15 +72,16 @@ def _moved(
 
     def move(tensor: Tensor, device: torch.device | str | None) -> Tensor:
         if (key := (id(tensor), device)) not in met:
-            moved = tensor.to(device=device, dtype=dtype)
-            met[key] = aligned(moved)
+            met[key] = aligned(tensor.to(device=device, dtype=dtype))
         return met[key]
 
     def basis(found: Basis | None, device: torch.device | str | None) -> Basis | None:
         return None if found is None else tuple(move(q, device) for q in found)
 
     return {
-        n: LayerFactors(basis(f.inputs, devices[n]), basis(f.outputs, devices[n]), move(f.eigenvalues, devices[n]))
+        n: LayerFactors(
+            basis(f.inputs, devices[n]), basis(f.outputs, devices[n]), f.eigenvalues.to(device=devices[n], dtype=dtype)
+        )
         for n, f in layers.items()
     }
 
@@ -120,7 +116,7 @@ class Rotator:
             last = bias and i == len(basis) - 1
             taken = len(q) - last
             if len(basis) == 1:
-                torch.mm(rows, q[:taken], out=flat)
+                matmul(rows, q[:taken], flat)
             else:
                 flat[:, start : start + len(q)] = rows[:, start : start + taken] @ q[:taken]
             if last:
@@ -128,11 +124,8 @@ class Rotator:
             start += len(q)
         return out
 
-    def blocks(
-        self,
-        layer: LayerFactors,
-        found: TokenGradients,
-        rotated: Rotated = EIGENBASIS,
+    def pieces(
+        self, layer: LayerFactors, found: TokenGradients, rotated: Rotated = EIGENBASIS
     ) -> Iterator[tuple[slice, slice, Tensor]]:
         """Pieces of the sequences' gradients: (sequences, rows of P, gradient [b, p, W]), valid until the next piece.
 
@@ -151,7 +144,7 @@ class Rotator:
             for start in range(0, p, step):
                 columns = g[:, :, start : start + step]
                 out = self.buffers("gradient", (len(a), columns.shape[2], wide), a)
-                torch.bmm(columns.transpose(1, 2), a, out=out[..., :m])
+                matmul(columns.mT, a, out[..., :m])
                 out[..., m:] = 0
                 yield slice(None), slice(start, start + step), out
             return
@@ -172,7 +165,7 @@ class Rotator:
         """Whole gradients in the eigenbasis, [B, P, M'], valid until asked for again."""
         p, m = layer.eigenvalues.shape
         whole = self.buffers("whole", (len(found.outputs), p, m), found.outputs)
-        for some, rows, piece in self.blocks(layer, found):
+        for some, rows, piece in self.pieces(layer, found):
             whole[some, rows] = piece[..., :m]
         return whole
 
@@ -189,10 +182,17 @@ def rotate_columns(gradient: Tensor, basis: Basis, back: bool = False) -> Tensor
     """D Q (or D Q^T when `back`) for D [..., P, M']."""
     if len(basis) == 1:
         wide = gradient.new_empty(*gradient.shape[:-1], aligned_width(gradient.shape[-1]))[..., : gradient.shape[-1]]
-        torch.mm(gradient.flatten(0, -2), basis[0].T if back else basis[0], out=wide.flatten(0, -2))
+        matmul(gradient.flatten(0, -2), basis[0].T if back else basis[0], wide.flatten(0, -2))
         return wide
     parts = gradient.split([len(q) for q in basis], -1)
     return torch.cat([part @ (q.T if back else q) for q, part in zip(basis, parts, strict=True)], -1)
+
+
+def inverse(damped: Tensor) -> Tensor:
+    """1 / (Lambda + lambda) [P, W], zero in the columns that align the rows of a gradient."""
+    found = damped.new_zeros(len(damped), aligned_width(damped.shape[1]))
+    found[:, : damped.shape[1]] = 1 / damped
+    return found
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ The gradient of a sequence's summed loss with respect to a linear map's weights 
 tensors are all that EK-FAC and scoring need: no weight gradient is ever formed. Parameters are frozen and the graph
 starts at the first tracked layer, which makes a pass cheaper than a training step.
 
-Torch, safetensors and the standard library only, as in all that EK-FAC and scoring consist of: this file, `labels.py`,
+Torch, numpy, scipy and safetensors only, as in all that EK-FAC and scoring consist of: this file, `labels.py`, `blas.py`,
 `factors.py`, `ekfac.py`, `directions.py`, `scores.py`, `scoring.py`, `shelf.py`, `resume.py` and `processes.py` can be
 lifted out together.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -48,8 +48,10 @@ def tracked_layers(model: nn.Module, layers: str = "mlp", blocks: int = 1) -> di
     """The linear maps whose weights carry influence, by dotted name, in the model's order.
 
     `layers`: "mlp" (the paper's choice), "all" (every linear map but the output head), or a regular expression
-    searched in the dotted name. `blocks`: into how many eigenbases each side will be cut. Raises ValueError when nothing matches, when a weight is shared with another
-    module (its gradient would be only half of the truth), or when a side is too wide for an eigenbasis.
+    searched in the dotted name. `blocks`: into how many eigenbases each side will be cut.
+
+    Raises ValueError when nothing matches, when a weight is shared with another module (its gradient would be only half of
+    the truth), or when a side is too wide for an eigenbasis.
     """
     linear = {name: module for name, module in model.named_modules() if is_linear_map(module)}
     if layers == "mlp":
@@ -86,15 +88,12 @@ def tracked_layers(model: nn.Module, layers: str = "mlp", blocks: int = 1) -> di
 
 
 class Batch(NamedTuple):
-    """Token ids [B, T] and the mask [B, T] of the tokens that are targets (predicted from the position before)."""
+    """Token ids [B, T], the mask [B, T] of the tokens that are targets (predicted from the position before), and L, the
+    number of positions before the last target: later ones move no loss and are never computed."""
 
     tokens: Tensor
     loss_mask: Tensor
-
-    @property
-    def length(self) -> int:
-        """L: positions before the batch's last target. Later ones move no loss and are never computed."""
-        return max(int(self.loss_mask.any(0).nonzero().max()), 1) if self.loss_mask.any() else 1
+    length: int
 
     @property
     def counted(self) -> Tensor:
@@ -128,7 +127,14 @@ def read_batch(sequences: Mapping[str, Tensor], rows: slice, device: torch.devic
         raise ValueError(f"loss_mask {tuple(mask.shape)} and input_ids {tuple(tokens.shape)} must have one shape")
     mask = mask.clone()
     mask[:, 0] = False  # nothing predicts the first token
-    return Batch(tokens.to(device), mask.to(device))
+    length = int((mask.any(0) * torch.arange(mask.shape[1])).max().clamp(min=1))
+    return Batch(tokens.to(device), mask.to(device), length)
+
+
+def gather(sequences: Mapping[str, Tensor], rows: Iterable[int]) -> dict[str, Tensor]:
+    """Single rows of a mapping or Dataset, together: `input_ids` and `loss_mask` [n, T]."""
+    found = [read_batch(sequences, slice(row, row + 1)) for row in rows]
+    return {"input_ids": torch.cat([b.tokens for b in found]), "loss_mask": torch.cat([b.loss_mask for b in found])}
 
 
 def count(sequences: Mapping[str, Tensor]) -> int:

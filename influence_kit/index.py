@@ -3,9 +3,9 @@
     index = build_index(model, factors, sequences, "index")
     index.query(model, queries, k=10, sequences=sequences)
 
-Kept of every sequence are coordinates of its whitened gradient phi = (Lambda + lambda)^(-1/2) * (Q_S^T D Q_A), whose inner
-products are the scores, and |phi|^2. Whole in float16 where they fit into `bytes_per_sequence`; else as many bits each (8, 4,
-2, 1) as let all fit; and where not even one bit does, one bit of those with the largest mean phi^2 over PILOT sequences.
+Kept of every sequence are coordinates of its whitened gradient phi (`features.py`), whose inner products are the scores, and
+|phi|^2. Whole in float16 where they fit into `bytes_per_sequence`; else as many bits each (8, 4, 2, 1; `codes.py`) as let all
+fit; and where not even one bit does, one bit of those with the largest mean phi^2.
 
 Why few bits: phi has nearly as many directions as the layers have weights, so at a given size the error comes from directions
 left out far more than from rounding. Recall of the exact top 10 at either end after rescoring 100, at 8 kB a sequence, 50
@@ -17,11 +17,8 @@ queries, one seed, 2,850 to 4,000 sequences, models of width 32, 64, 128 on Atla
     the same, one bit, not mixed                       .94  .90  .93  | 1.00 1.00  .99
     what is kept here                                 1.00  .98  .98  | 1.00 1.00  .99
 
-*Mixed*: given random signs, and each 64 that lie far apart turned by a Hadamard matrix, which makes coordinates alike and so
-lets one scale a sequence serve them all. The scale is |x|^2 / x.u (x the mixed coordinates, u their codes), which makes
-a sequence's product with itself exact and others unbiased over the mixing as far as mixed coordinates are Gaussian
-(as in RaBitQ, Gao and Long 2024). The share of directions kept falls with width, and recall with it: measure it with
-`recall` before trusting an index of a model much wider than 128.
+The share of directions kept falls with width, and recall with it: measure it with `recall` before trusting an index of a
+model much wider than 128.
 """
 
 from __future__ import annotations
@@ -29,7 +26,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,32 +35,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from influence_kit.codes import NORMS, encode, fields, layout, products
 from influence_kit.ekfac import Progress
-from influence_kit.factors import Factors, Rotator
-from influence_kit.gradients import (
-    Recorder,
-    batch_rows,
-    count,
-    device_of,
-    dtype_of,
-    frozen,
-    read_batch,
-    sequence_gradients,
-)
-from influence_kit.processes import add_up, mine, rank_and_size, wait
-from influence_kit.resume import key_of
+from influence_kit.factors import Factors
+from influence_kit.features import Features
+from influence_kit.gradients import batch_rows, count, gather, read_batch
+from influence_kit.processes import barrier, rank_and_size, shard
+from influence_kit.resume import digest, witnesses
 from influence_kit.scores import FORMS, Scores, TopScores, ends
 from influence_kit.scoring import check_damping, score
-from influence_kit.shelf import Buffers, aligned_width
+from influence_kit.shelf import Buffers
 
-VERSION = 1
-PILOT = 1024  # sequences, evenly spaced, whose gradients choose the coordinates
+VERSION = 2
 SHARD = 4096  # sequences in a file: what a killed build goes on from, and what processes share
-MIXED = 64  # side of the Hadamard matrix
-STEP = {1: 1.596, 2: 0.996, 4: 0.335, 8: 0.031}  # width of a level by bits, of a standard Gaussian (Max 1960)
-TILE = 1 << 20  # codes unpacked at a time in a query
-NORMS = 8  # bytes a sequence for |phi|^2 and scale, float32
-EMPTY = {"input_ids": torch.zeros(0, 2)}
+TILE = 1 << 20  # bytes of codes unpacked at a time in a query
 NAMES = {"model": "weights", "bytes_per_sequence": "bytes a sequence", "corpora": "sequences"}
 
 
@@ -98,19 +83,19 @@ def build_index(
         raise ValueError("no sequences to index: input_ids has no rows")
     factors = Factors(factors.beside(model).layers, None, factors.details)
     shapes = {name: list(layer.eigenvalues.shape) for name, layer in factors.layers.items()}
-    bits, dims = _layout(sum(p * m for p, m in shapes.values()), bytes_per_sequence)
+    bits, dims = layout(sum(p * m for p, m in shapes.values()), bytes_per_sequence)
     curvature = [t for f in factors.layers.values() for t in (f.eigenvalues, *(f.inputs or ()), *(f.outputs or ()))]
-    plan = {"version": VERSION, "model": _digest(model), "factors": _digest(None, list(shapes), *curvature)}
+    plan = {"version": VERSION, "model": digest(model), "factors": digest(list(shapes), *curvature)}
     plan |= {"layers": shapes, "bits": bits, "dims": dims, "damping": damping, "seed": seed}
-    plan |= {"bytes_per_sequence": bytes_per_sequence, "corpora": [key_of(nn.Module(), sequences)]}
+    plan |= {"bytes_per_sequence": bytes_per_sequence, "corpora": [digest(*witnesses(sequences))]}
     folder.mkdir(parents=True, exist_ok=True)
     _refuse_another(folder, plan)
     finished, kept = (folder / "index.json").exists(), folder / "projection.safetensors"
     made = kept.exists()
-    wait()  # all have looked before one writes
+    barrier()  # all have looked before one writes
     if finished:
         return Index.open(folder)
-    features = _Features(model, factors, damping)
+    features = Features(model, factors, damping)
     projection = load_file(kept) if made else features.choose(sequences, bits, dims, batch_size, seed)
     if rank_and_size()[0] == 0:
         _write_json(folder / "plan.json", plan)
@@ -118,7 +103,7 @@ def build_index(
         if not made:
             save_file(projection, f"{kept}.part")
             os.replace(f"{kept}.part", kept)
-    wait()
+    barrier()
     _write_shards(features, projection, plan, sequences, folder, 0, batch_size, progress)
     files = {name: _sha256(folder / name) for name in ("factors.safetensors", "projection.safetensors")}
     _finish(folder, plan | {"files": files, "shards": []}, total)
@@ -160,14 +145,14 @@ class Index:
         if about.get("version") != VERSION:
             raise ValueError(f"{folder} has format {about.get('version')}, this is {VERSION}: build the index again")
         row = about["dims"] * about["bits"] // 8
-        listed = {name: (None, digest) for name, digest in about["files"].items()}
-        for shard in about["shards"]:
+        listed = {name: (None, written) for name, written in about["files"].items()}
+        for part in about["shards"]:
             for kind, width in (("codes", row), ("norms", NORMS)):
-                listed[f"{shard['name']}.{kind}"] = ((shard["stop"] - shard["start"]) * width, shard[kind])
-        for name, (size, digest) in listed.items():
+                listed[f"{part['name']}.{kind}"] = ((part["stop"] - part["start"]) * width, part[kind])
+        for name, (size, written) in listed.items():
             path = folder / name
             whole = path.is_file() and size in (None, path.stat().st_size)
-            if not whole or (verify and _sha256(path) != digest):
+            if not whole or (verify and _sha256(path) != written):
                 state = "not what was written" if path.is_file() else "missing"
                 raise ValueError(f"{path} is {state}: delete {folder} and build the index again")
         factors, projection = Factors.load(folder / "factors.safetensors"), load_file(folder / "projection.safetensors")
@@ -189,8 +174,8 @@ class Index:
         start, added = self.sequences, count(sequences)
         if added == 0:
             raise ValueError("no sequences to append: input_ids has no rows")
-        about = self.about | {"corpora": [*self.about["corpora"], key_of(nn.Module(), sequences)]}
-        features = _Features(model, self.factors, about["damping"])
+        about = self.about | {"corpora": [*self.about["corpora"], digest(*witnesses(sequences))]}
+        features = Features(model, self.factors, about["damping"])
         _write_shards(features, self.projection, about, sequences, self.folder, start, batch_size, progress)
         _finish(self.folder, about, start + added)
         return Index.open(self.folder, verify=False)
@@ -210,7 +195,7 @@ class Index:
 
         sequences: the indexed corpus (mapping or Dataset). With it, each query's `rescore` best candidates at either end are
         scored exactly in one pass over the candidates of all queries. Without it scores are approximate, and the result's
-        `form` is "approximate raw" (relatif, cosine).
+        `approximate` says so.
 
         Raises ValueError for another model's weights, a query without a target, another number of sequences than indexed, or
         a candidate whose exact |phi|^2 is not the index's (another corpus, or another order).
@@ -228,19 +213,19 @@ class Index:
         self._check(model)
         bits, buffers = self.about["bits"], Buffers()
         asked, norms = self._asked(model, queries, batch_size)
-        fields = _fields(asked, bits)
+        asked_fields = fields(asked, bits)
         nothing = torch.zeros(len(asked), 2, 0)
         values, rows = ends(nothing, nothing.long(), k)
         size = k if sequences is None else rescore
         for start, codes, about in self._shards():
             tiles = batch_rows(len(codes), max(TILE // codes.shape[1], 1))
-            products = torch.cat([_products(codes[some], fields, bits, buffers) for some in tiles], 1)
-            found = Scores(products * about[:, 1], about[:, 0], norms, (), self.sequences)
+            unscaled = torch.cat([products(codes[some], asked_fields, bits, buffers) for some in tiles], 1)
+            found = Scores(unscaled * about[:, 1], about[:, 0], norms, (), self.sequences)
             both = (found.values if form == "raw" else getattr(found, form))[:, None].expand(-1, 2, -1)
             places = torch.arange(start, start + len(codes)).expand_as(both)
             values, rows = ends(torch.cat([values, both], 2), torch.cat([rows, places], 2), size)
         if sequences is None:
-            return TopScores(values, rows, f"approximate {form}", self.sequences)
+            return TopScores(values, rows, form, self.sequences, approximate=True)
         return self._rescored(model, queries, sequences, rows, k, form, batch_size)
 
     def _rescored(self, model, queries, sequences, rows: Tensor, k: int, form: str, batch_size: int) -> TopScores:
@@ -273,22 +258,22 @@ class Index:
         for row in range(count(queries)):
             if not read_batch(queries, slice(row, row + 1)).loss_mask.any():
                 raise ValueError(f"query {row} has no target token: its loss_mask is empty")
-        features, parts = _Features(model, self.factors, self.about["damping"]), []
+        features, parts = Features(model, self.factors, self.about["damping"]), []
         for rows in batch_rows(count(queries), batch_size):
             parts.append(features.project(queries, rows, self.projection, self.about["bits"], self.about["dims"]))
         return torch.cat([x for x, _ in parts]), torch.cat([squares for _, squares in parts]).sqrt()
 
     def _shards(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(first row, codes uint8 [n, bytes], norms float32 [n, 2]) of every file, mapped, not read."""
-        for shard in self.about["shards"]:
-            path, n = self.folder / shard["name"], shard["stop"] - shard["start"]
+        for part in self.about["shards"]:
+            path, n = self.folder / part["name"], part["stop"] - part["start"]
             # Mode "c" never writes to the file; torch warns of arrays that it could not write to.
             codes = np.memmap(f"{path}.codes", np.uint8, "c").reshape(n, -1)
             norms = np.fromfile(f"{path}.norms", "<f4").astype(np.float32).reshape(n, 2)
-            yield shard["start"], torch.from_numpy(codes), torch.from_numpy(norms)
+            yield part["start"], torch.from_numpy(codes), torch.from_numpy(norms)
 
     def _check(self, model: nn.Module) -> None:
-        if _digest(model) != self.about["model"]:
+        if digest(model) != self.about["model"]:
             raise ValueError(
                 f"{self.folder} indexes another model's weights: load that model, or build an index of this one"
             )
@@ -301,148 +286,12 @@ def recall(approximate: TopScores, exact: TopScores, k: int = 10) -> float:
     return float(found[true >= 0].double().mean())
 
 
-def gather(sequences: Mapping[str, Tensor], rows: Iterable[int]) -> dict[str, Tensor]:
-    """Single rows of a mapping or Dataset, together: `input_ids` and `loss_mask` [n, T]."""
-    found = [read_batch(sequences, slice(row, row + 1)) for row in rows]
-    return {"input_ids": torch.cat([b.tokens for b in found]), "loss_mask": torch.cat([b.loss_mask for b in found])}
-
-
-def _layout(total: int, limit: int) -> tuple[int, int]:
-    """(bits, dims): bits of a coordinate, and places for coordinates, of which there are `total`, within `limit` bytes."""
-    room = 8 * (limit - NORMS)
-    if room >= 16 * total:
-        return 16, total
-    padded = -(-total // MIXED) * MIXED
-    bits = next((b for b in (8, 4, 2) if b * padded <= room), 1)
-    dims = min(padded, room // bits // MIXED * MIXED)
-    if dims < MIXED:
-        raise ValueError(f"bytes_per_sequence={limit!r} must be at least {NORMS + MIXED // 8}: norms and {MIXED} bits")
-    return bits, dims
-
-
-class _Features:
-    """Whitened gradients of a model's sequences, chosen and mixed."""
-
-    def __init__(self, model: nn.Module, factors: Factors, damping: float) -> None:
-        self.model, self.factors, self.rotator = model, factors.beside(model), Rotator()
-        self.inverse = {}  # 1 / (Lambda + lambda) [P, W], zero in the columns that align the rows of a gradient
-        for name, layer in self.factors.layers.items():
-            damped = layer.damped(damping)
-            self.inverse[name] = damped.new_zeros(len(damped), aligned_width(damped.shape[1]))
-            self.inverse[name][:, : damped.shape[1]] = 1 / damped
-        self._places: dict[str, tuple[Tensor, Tensor, int]] = {}
-
-    def pieces(self, sequences: Mapping[str, Tensor], rows: slice) -> Iterator[tuple[str, slice, slice, Tensor]]:
-        """(layer, sequences of the batch, rows of P, rotated gradients [b, p W]), valid until the next."""
-        modules = dict(self.model.named_modules())
-        with frozen(self.model), Recorder({name: modules[name] for name in self.factors.layers}) as recorder:
-            found = sequence_gradients(self.model, recorder, read_batch(sequences, rows, device_of(self.model)))[0]
-        for name, tokens in found.items():
-            for some, lines, piece in self.rotator.blocks(self.factors.layers[name], tokens):
-                yield name, some, slice(*lines.indices(len(self.inverse[name]))), piece.flatten(1)
-
-    def choose(self, sequences, bits: int, dims: int, batch_size: int, seed: int) -> dict[str, Tensor]:
-        """Coordinates kept, counted through all layers (ascending, int64 [n]), and the sign of each."""
-        total, rows = sum(layer.eigenvalues.numel() for layer in self.factors.layers.values()), count(sequences)
-        number = min(total, dims)
-        kept = torch.arange(number)
-        if number < total:
-            pilot = gather(sequences, sorted({i * rows // PILOT for i in range(PILOT)}))
-            sums = {name: torch.zeros_like(inverse, dtype=torch.float64) for name, inverse in self.inverse.items()}
-            for some in mine(batch_rows(count(pilot), batch_size)):
-                for name, _, lines, flat in self.pieces(pilot, some):
-                    sums[name][lines] += flat.square().sum(0).view(lines.stop - lines.start, -1)
-            add_up(sums.values())
-            widths = [layer.eigenvalues.shape[1] for layer in self.factors.layers.values()]
-            moments = [(sums[n] * v)[:, :m].flatten().cpu() for (n, v), m in zip(self.inverse.items(), widths)]
-            kept = torch.cat(moments).topk(number).indices.sort().values
-        signs = 2.0 * torch.randint(0, 2, (number,), generator=torch.Generator().manual_seed(seed)) - 1
-        return {"kept": kept, "signs": signs if bits < 16 else torch.ones(number)}
-
-    def _prepare(self, projection: dict[str, Tensor]) -> None:
-        """For each layer: positions of its coordinates in the aligned gradient [P W], signed whitening weights, first place."""
-        start = 0
-        for name, inverse in self.inverse.items():
-            rows, width = self.factors.layers[name].eigenvalues.shape
-            first, last = torch.searchsorted(projection["kept"], torch.tensor([start, start + rows * width])).tolist()
-            chosen, signs = (projection[part][first:last].to(inverse.device) for part in ("kept", "signs"))
-            flat = (chosen - start) // width * inverse.shape[1] + (chosen - start) % width
-            self._places[name] = flat, signs * inverse.flatten()[flat].sqrt(), first
-            start += rows * width
-
-    def project(self, sequences, rows: slice, projection, bits: int, dims: int) -> tuple[Tensor, Tensor]:
-        """Mixed coordinates float32 [b, dims] and |phi|^2 float32 [b] of some sequences, on the CPU."""
-        if not self._places:
-            self._prepare(projection)
-        size, device = rows.stop - rows.start, device_of(self.model)
-        found = torch.zeros(size, dims, dtype=dtype_of(self.model), device=device)
-        squares = torch.zeros(size, dtype=found.dtype, device=device)
-        for name, some, lines, flat in self.pieces(sequences, rows):
-            positions, weights, place = self._places[name]
-            start, stop = (line * self.inverse[name].shape[1] for line in (lines.start, lines.stop))
-            first, last = torch.searchsorted(positions, torch.tensor([start, stop], device=flat.device)).tolist()
-            taken = flat.index_select(1, positions[first:last] - start).mul_(weights[first:last])
-            found[some, place + first : place + last] = taken.to(device)
-            squares[some] += (flat.square() @ self.inverse[name][lines].flatten()).to(device)
-        if bits < 16:
-            found = (_hadamard().to(found) @ found.view(size, MIXED, -1)).flatten(1)
-        return found.cpu().float(), squares.cpu().float()
-
-
-def _hadamard() -> Tensor:
-    """Sylvester's orthonormal matrix of side MIXED."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while len(matrix) < MIXED:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix / MIXED**0.5
-
-
-def _encode(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """(codes uint8 [n, d bits / 8], scale [n]) of x [n, d]: x ~ scale (levels - middle), levels in fields of bytes."""
-    tiny = torch.finfo(x.dtype).tiny
-    if bits == 16:
-        scale = x.abs().amax(1)  # the largest becomes 1, far from float16's limits
-        return (x / scale.clamp(min=tiny)[:, None]).half().view(torch.uint8), scale
-    step = STEP[bits] * x.square().mean(1, keepdim=True).sqrt().clamp(min=tiny)
-    levels = (x / step).floor_().add_(2 ** (bits - 1)).clamp_(0, 2**bits - 1)
-    along = torch.linalg.vecdot(x, levels) - (2 ** (bits - 1) - 0.5) * x.sum(1)
-    fields = levels.to(torch.uint8).view(len(x), 8 // bits, -1)
-    codes = torch.zeros_like(fields[:, 0])
-    for i in range(8 // bits):
-        codes |= fields[:, i] << (bits * i)
-    return codes, x.square().sum(1) / along.clamp(min=tiny)
-
-
-def _fields(asked: Tensor, bits: int) -> list[Tensor]:
-    """Queries [Q, d] as what each field of a code's bytes is multiplied with, [Q, bytes] each."""
-    if bits == 16:
-        return [asked]
-    # A field is read where it stands in its byte: the query carries the power of two instead.
-    parts = asked.view(len(asked), 8 // bits, -1)
-    return [parts[:, i].contiguous() / 2 ** (bits * i) for i in range(8 // bits)]
-
-
-def _products(codes: Tensor, fields: list[Tensor], bits: int, buffers: Buffers) -> Tensor:
-    """[Q, n] inner products of queries with unscaled codes uint8 [n, bytes]."""
-    if bits == 16:
-        return fields[0] @ codes.contiguous().view(torch.float16).float().T
-    middle = 2 ** (bits - 1) - 0.5
-    products = sum(-middle * 2 ** (bits * i) * field.sum(1, keepdim=True) for i, field in enumerate(fields))
-    assert isinstance(products, Tensor)
-    levels = buffers("levels", tuple(codes.shape), codes)
-    numbers = buffers("numbers", tuple(codes.shape), fields[0])
-    for i, field in enumerate(fields):
-        torch.bitwise_and(codes, (2**bits - 1) << (bits * i), out=levels)
-        products = torch.addmm(products, field, numbers.copy_(levels).T)
-    return products
-
-
 def _write_shards(features, projection, plan, sequences, folder: Path, start: int, batch_size: int, progress) -> None:
     """Codes and norms of this rank's share of the sequences, whose first is row `start` of the index."""
-    key, done = _digest(None, {n: plan[n] for n in plan if n not in ("shards", "sequences")}, start), 0
-    shards = mine(batch_rows(count(sequences), SHARD))
-    to_do = sum(rows.stop - rows.start for rows in shards)
-    for rows in shards:
+    key, done = digest({n: plan[n] for n in plan if n not in ("shards", "sequences")}, start), 0
+    own = shard(batch_rows(count(sequences), SHARD))
+    to_do = sum(rows.stop - rows.start for rows in own)
+    for rows in own:
         name = f"{start + rows.start:012}-{start + rows.stop:012}"
         if not _is_whole(folder, name, key):
             record = {"name": name, "start": start + rows.start, "stop": start + rows.stop, "key": key}
@@ -451,7 +300,7 @@ def _write_shards(features, projection, plan, sequences, folder: Path, start: in
                 for some in batch_rows(rows.stop - rows.start, batch_size):
                     batch = slice(rows.start + some.start, rows.start + some.stop)
                     x, squares = features.project(sequences, batch, projection, plan["bits"], plan["dims"])
-                    packed, scale = _encode(x, plan["bits"])
+                    packed, scale = encode(x, plan["bits"])
                     codes.write(packed.numpy().tobytes())
                     norms.write(torch.stack([squares, scale], 1).numpy().astype("<f4").tobytes())
                     if progress:
@@ -461,7 +310,7 @@ def _write_shards(features, projection, plan, sequences, folder: Path, start: in
                 record[kind] = _sha256(path)
             _write_json(folder / f"{name}.json", record)
         done += rows.stop - rows.start
-    wait()
+    barrier()
 
 
 def _is_whole(folder: Path, name: str, key: str) -> bool:
@@ -482,9 +331,9 @@ def _finish(folder: Path, about: dict, total: int) -> None:
             record = json.loads((folder / f"{name}.json").read_text())
             shards.append({k: record[k] for k in ("name", "start", "stop", "codes", "norms")})
         _write_json(folder / "index.json", about | {"shards": shards, "sequences": total})
-        for path in [folder / "plan.json", *(folder / f"{shard['name']}.json" for shard in shards)]:
+        for path in [folder / "plan.json", *(folder / f"{part['name']}.json" for part in shards)]:
             path.unlink(missing_ok=True)
-    wait()
+    barrier()
 
 
 def _refuse_another(folder: Path, plan: dict) -> None:
@@ -500,10 +349,6 @@ def _refuse_another(folder: Path, plan: dict) -> None:
                 f"{folder} holds an index of other {', '.join(different)}: give another folder, or delete this one first"
             )
         return
-
-
-def _digest(model: nn.Module | None, *others: object) -> str:
-    return key_of(model or nn.Module(), EMPTY, *others)
 
 
 def _sha256(path: Path) -> str:

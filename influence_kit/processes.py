@@ -21,13 +21,13 @@ def rank_and_size() -> tuple[int, int]:
     return 0, 1
 
 
-def mine(items: list) -> list:
+def shard(items: list) -> list:
     """This rank's items: every R-th, beginning with the rank's own number."""
     rank, size = rank_and_size()
     return items[rank::size]
 
 
-def add_up(tensors: Iterable[Tensor]) -> None:
+def all_reduce(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its sum over the ranks, in place. All ranks must hold the same shapes in the same order."""
     if rank_and_size()[1] == 1:
         return
@@ -39,7 +39,7 @@ def add_up(tensors: Iterable[Tensor]) -> None:
             tensor.copy_(moved)
 
 
-def share(tensor: Tensor, owner: int) -> None:
+def broadcast(tensor: Tensor, owner: int) -> None:
     """Replace the tensor by the owner's, in place."""
     if rank_and_size()[1] == 1:
         return
@@ -48,7 +48,7 @@ def share(tensor: Tensor, owner: int) -> None:
     tensor.copy_(moved)
 
 
-def stacked(tensor: Tensor) -> Tensor:
+def all_gather(tensor: Tensor) -> Tensor:
     """[R, ...]: the tensors of all ranks, which must have one shape, in the order of ranks."""
     _, size = rank_and_size()
     if size == 1:
@@ -59,10 +59,10 @@ def stacked(tensor: Tensor) -> Tensor:
     return torch.stack(parts).to(tensor.device)
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until all ranks have come here."""
     if rank_and_size()[1] > 1:
-        add_up([torch.zeros(1)])
+        all_reduce([torch.zeros(1)])
 
 
 def communication_device() -> torch.device:

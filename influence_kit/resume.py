@@ -6,38 +6,39 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from influence_kit.gradients import count, read_batch
+from influence_kit.gradients import count, gather
 from influence_kit.processes import rank_and_size
+from influence_kit.shelf import bytes_of
 
 SAVE_SECONDS = 60  # between two savings of sums that grow
 WITNESSES = 64  # sequences whose tokens enter the key, evenly spaced
 
 
-def key_of(model: nn.Module, sequences: Mapping[str, Tensor], *others: object) -> str:
-    """Name of (weights, sequences, anything that JSON or a tensor holds): 16 hex digits.
+def digest(*parts: object) -> str:
+    """A name of 16 hex digits for models (their weights), tensors and whatever JSON holds."""
+    found = hashlib.sha256()
+    for part in parts:
+        for name, tensor in part.state_dict().items() if isinstance(part, nn.Module) else [("", part)]:
+            if not isinstance(tensor, Tensor):
+                found.update(json.dumps(tensor, sort_keys=True).encode())
+                continue
+            found.update(f"{name} {tuple(tensor.shape)}".encode())
+            if not tensor.is_meta:
+                found.update(bytes_of(tensor))
+    return found.hexdigest()[:16]
 
-    Of the sequences, their number and 64 evenly spaced ones count: reading all of a large corpus takes longer than a key is worth.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        if not tensor.is_meta:
-            digest.update(_bytes_of(tensor))
+
+def witnesses(sequences: Mapping[str, Tensor]) -> Iterable[object]:
+    """What tells one corpus from another in a digest: the number of sequences and 64 evenly spaced ones. Reading all of a
+    large corpus takes longer than a name is worth."""
     total = count(sequences)
-    digest.update(str(total).encode())
-    for row in sorted({i * total // WITNESSES for i in range(WITNESSES)}):
-        if total:
-            for tensor in read_batch(sequences, slice(row, row + 1)):
-                digest.update(_bytes_of(tensor))
-    for other in others:
-        digest.update(_bytes_of(other) if isinstance(other, Tensor) else json.dumps(other, sort_keys=True).encode())
-    return digest.hexdigest()[:16]
+    chosen = gather(sequences, sorted({i * total // WITNESSES for i in range(WITNESSES)})) if total else {}
+    return [total, *chosen.values()]
 
 
 class State:
@@ -98,7 +99,3 @@ def by_rank(name: str) -> str:
     """The name of this rank's own part."""
     rank, size = rank_and_size()
     return f"{name}-{rank}-of-{size}"
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()

@@ -5,6 +5,7 @@ Units: raw scores are nats at epsilon = 1; *nats per copy* are raw scores divide
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from influence_kit.factors import Factors
-from influence_kit.gradients import read_batch
+from influence_kit.gradients import gather
 
 FORMS = ("raw", "relatif", "cosine")
 
 
 class Ranked(NamedTuple):
-    """One row of a ranking; a list of these makes a DataFrame."""
+    """One row of a ranking; a list of these makes a DataFrame. nats_per_copy is nan where the score is not in nats."""
 
     rank: int
     sequence: int
@@ -85,9 +86,7 @@ class Scores:
         return self._ranked(k, query, descending=False)
 
     def _ranked(self, k: int, query: int, descending: bool) -> list[Ranked]:
-        if not -len(self.values) <= query < len(self.values):
-            raise ValueError(f"query={query} is out of range: there are {len(self.values)} queries")
-        row = self.values[query]
+        row = self.values[_checked(query, self.values)]
         order = row.argsort(descending=descending, stable=True)[: max(k, 0)].tolist()
         return [Ranked(r, i, float(row[i]), float(row[i]) / self.corpus_size) for r, i in enumerate(order, 1)]
 
@@ -101,9 +100,10 @@ class Scores:
         from influence_kit.scoring import token_scores
 
         model, factors, queries, corpus, damping = self.source
-        chosen = [_rows(corpus, slice(i, i + 1)) for i in sequences]
-        together = {name: torch.cat([each[name] for each in chosen]) for name in chosen[0]} if chosen else {}
-        return token_scores(model, factors, _rows(queries, slice(query, query + 1)), together, damping)
+        if not len(sequences):
+            raise ValueError("no sequences given: name at least one")
+        asked = gather(queries, [_checked(query, self.values)])
+        return token_scores(model, factors, asked, gather(corpus, sequences), damping)
 
 
 @dataclass(frozen=True)
@@ -111,13 +111,14 @@ class TopScores:
     """Both ends of every query's ranking over N sequences: `values` [Q, 2, k] and `sequences` int64 [Q, 2, k].
 
     Index 0 of the middle axis is the most positive end, 1 the most negative; best first. `form`: raw (nats at
-    epsilon = 1), relatif or cosine. Places beyond N hold -1.
+    epsilon = 1), relatif or cosine. Places beyond N hold -1. approximate: an index's scores that were not made exact.
     """
 
     values: Tensor
     sequences: Tensor
     form: str
     corpus_size: int
+    approximate: bool = False
 
     def top(self, k: int, query: int = 0) -> list[Ranked]:
         """The k most positive sequences of one query, best first."""
@@ -128,11 +129,13 @@ class TopScores:
         return self._ranked(k, query, 1)
 
     def _ranked(self, k: int, query: int, end: int) -> list[Ranked]:
+        query = _checked(query, self.values)
         kept = int((self.sequences[query, end] >= 0).sum())
         if k > kept:
             raise ValueError(f"k={k} is more than the {kept} sequences kept: ask top_scores for more")
         rows, values = self.sequences[query, end, :k].tolist(), self.values[query, end, :k].tolist()
-        return [Ranked(r, i, v, v / self.corpus_size) for r, (i, v) in enumerate(zip(rows, values, strict=True), 1)]
+        copies = self.corpus_size if self.form == "raw" else math.nan
+        return [Ranked(r, i, v, v / copies) for r, (i, v) in enumerate(zip(rows, values, strict=True), 1)]
 
 
 def ends(values: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -150,6 +153,8 @@ def ends(values: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return pad(values.gather(2, order), room), pad(rows.gather(2, order), room, value=-1)
 
 
-def _rows(sequences: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
-    batch = read_batch(sequences, rows)
-    return {"input_ids": batch.tokens, "loss_mask": batch.loss_mask}
+def _checked(query: int, values: Tensor) -> int:
+    """The query's row; counted from the end where negative."""
+    if not -len(values) <= query < len(values):
+        raise ValueError(f"query={query} is out of range: there are {len(values)} queries")
+    return query % len(values)

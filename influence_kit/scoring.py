@@ -21,12 +21,11 @@ from torch import Tensor, nn
 
 from influence_kit.directions import Directions, rotated_sides
 from influence_kit.ekfac import Progress
-from influence_kit.factors import Factors, Rotator
+from influence_kit.factors import Factors, Rotator, inverse
 from influence_kit.gradients import Recorder, batch_rows, count, device_of, frozen, read_batch, sequence_gradients
-from influence_kit.processes import add_up, mine, rank_and_size, stacked, wait
-from influence_kit.resume import State, key_of
+from influence_kit.processes import all_gather, all_reduce, barrier, rank_and_size, shard
+from influence_kit.resume import State, digest, witnesses
 from influence_kit.scores import FORMS, Scores, Source, TopScores, ends
-from influence_kit.shelf import aligned_width
 
 CHUNKS = 512  # parts of a scan: what a killed one goes on from, and what processes share
 
@@ -37,7 +36,7 @@ def score(
     queries: Mapping[str, Tensor],
     sequences: Mapping[str, Tensor],
     damping: float = 0.1,
-    batch_size: int = 32,
+    batch_size: int = 64,
     *,
     by_layer: bool = False,
     self_influence: bool = True,
@@ -79,7 +78,7 @@ def score(
                 norms[rows] = part["self_influence"]
             if layer_values is not None:
                 layer_values[:, rows] = part["by_layer"]
-        add_up([tensor for tensor in (values, norms, layer_values) if tensor is not None])
+        all_reduce([tensor for tensor in (values, norms, layer_values) if tensor is not None])
     return Scores(
         values,
         norms,
@@ -99,7 +98,7 @@ def top_scores(
     sequences: Mapping[str, Tensor],
     k: int = 100,
     damping: float = 0.1,
-    batch_size: int = 32,
+    batch_size: int = 64,
     *,
     form: str = "raw",
     rank: int | float | None = None,
@@ -131,7 +130,7 @@ def top_scores(
     with scan.state(resume, "top", k, form) as state:
         for _, part in scan.chunks(state, both_ends, progress):
             values, rows = ends(torch.cat([values, part["values"]], 2), torch.cat([rows, part["sequences"]], 2), k)
-        values, rows = ends(torch.cat(list(stacked(values)), 2), torch.cat(list(stacked(rows)), 2), k)
+        values, rows = ends(torch.cat(list(all_gather(values)), 2), torch.cat(list(all_gather(rows)), 2), k)
     return TopScores(values, rows, form, size)
 
 
@@ -161,7 +160,7 @@ def token_scores(
             batch = read_batch(sequences, rows, device_of(model))
             for name, found in sequence_gradients(model, recorder, batch)[0].items():
                 a, g = rotator.tokens(factors.layers[name], found)
-                summed[rows, : batch.length] += ((g @ directions.whole(name)[0]) * a).sum(2).cpu()
+                summed[rows, : batch.length] += ((g @ directions.of_query(name, 0)) * a).sum(2).cpu()
     return summed
 
 
@@ -176,21 +175,20 @@ class _Scan:
         tokens = count(sequences) * (read_batch(sequences, slice(0, 1)).tokens.shape[1] - 1) if count(sequences) else 0
         rotated = rotated_sides(self.factors, count(queries), tokens // rank_and_size()[1], norms)
         self.directions = Directions(model, self.factors, queries, damping, rotated, rank, batch_size, memory)
-        self.inverse = {n: _inverse(layer.damped(damping)) for n, layer in self.factors.layers.items()} if norms else {}
+        self.inverse = {n: inverse(layer.damped(damping)) for n, layer in self.factors.layers.items()} if norms else {}
 
     @contextmanager
     def state(self, folder: str | os.PathLike | None, *purpose: object) -> Iterator[State]:
         """Where finished parts are kept until the whole scan is done."""
-        if folder is None:
-            key = ""
-        else:
+        key = ""
+        if folder is not None:
             queries, *others = self.about
-            asked = list(read_batch(queries, slice(0, count(queries))))
+            tokens, mask, _ = read_batch(queries, slice(0, count(queries)))
             curvature = [layer.eigenvalues for layer in self.factors.layers.values()]
-            key = key_of(self.model, self.sequences, purpose, others, *asked, *curvature)
+            key = digest(self.model, *witnesses(self.sequences), purpose, others, tokens, mask, *curvature)
         state = State(folder, key)
         yield state
-        wait()
+        barrier()
         state.forget()
 
     def chunks(
@@ -202,7 +200,7 @@ class _Scan:
         modules = dict(self.model.named_modules())
         done, share = 0, 1 / rank_and_size()[1]
         with frozen(self.model), Recorder({name: modules[name] for name in self.factors.layers}) as recorder:
-            for rows in mine(batch_rows(total, each)):
+            for rows in shard(batch_rows(total, each)):
                 name = f"{rows.start:012}-{rows.stop:012}"
                 part = state.load(name)
                 if part is None:
@@ -220,25 +218,18 @@ class _Scan:
                 yield rows, part
 
     def _batch(self, recorder: Recorder, rotator: Rotator, rows: slice) -> dict[str, Tensor]:
-        batch = read_batch(self.sequences, rows, device_of(self.model))
-        shares, norms = [], 0
+        batch = read_batch(self.sequences, rows, device := device_of(self.model))
+        shares, norms = [], []
         for name, found in sequence_gradients(self.model, recorder, batch)[0].items():
             scores, norm = self.directions.contract(name, found, rotator, self.inverse.get(name))
-            shares.append(scores.cpu())
-            norms = norms + norm.cpu()  # type: ignore[assignment]
-        part = {"values": sum(shares)}
+            shares.append(scores.to(device))
+            norms.append(norm.to(device))
+        part = {"values": torch.stack(shares).sum(0).cpu()}
         if self.inverse:
-            part["self_influence"] = norms  # type: ignore[assignment]
+            part["self_influence"] = torch.stack(norms).sum(0).cpu()
         if self.by_layer:
-            part["by_layer"] = torch.stack(shares, 2)
-        return part  # type: ignore[return-value]
-
-
-def _inverse(damped: Tensor) -> Tensor:
-    """1 / (Lambda + lambda) [P, W], zero in the columns that align its rows."""
-    inverse = damped.new_zeros(len(damped), aligned_width(damped.shape[1]))
-    inverse[:, : damped.shape[1]] = 1 / damped
-    return inverse
+            part["by_layer"] = torch.stack(shares, 2).cpu()
+        return part
 
 
 def check_damping(damping: float) -> None:

@@ -53,9 +53,8 @@ class Shelf:
     def __init__(self, memory: float, disk: float = 0) -> None:
         self.memory, self.disk = float(memory), float(disk)
         self._kept: dict[str, Tensor] = {}
-        self._filed: dict[
-            str, tuple[int, Tensor, torch.device]
-        ] = {}  # offset, dtype and shape as a meta tensor, device
+        # Offset in the file, dtype and shape as a meta tensor, device.
+        self._filed: dict[str, tuple[int, Tensor, torch.device]] = {}
         self._file: BinaryIO | None = None
         self._end = 0
 
@@ -85,7 +84,7 @@ class Shelf:
         if self._file is None:
             self._file = tempfile.TemporaryFile()
         self._file.seek(self._end)
-        self._file.write(_bytes_of(tensor.detach().cpu().contiguous()))
+        self._file.write(bytes_of(tensor))
         self._filed[name] = (self._end, tensor.detach().to("meta"), tensor.device)
         self._end += tensor.nbytes
 
@@ -101,12 +100,13 @@ class Shelf:
         tensor = buffers(tag, (aligned_width(about.numel()),), like)[: about.numel()].view(about.shape)
         assert self._file is not None
         self._file.seek(offset)
-        self._file.readinto(_bytes_of(tensor))  # type: ignore[attr-defined]
+        self._file.readinto(bytes_of(tensor))  # type: ignore[attr-defined]
         return tensor.to(device)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The tensor's numbers in row order: its own memory where it lies so on the CPU, else a copy's."""
+    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def free_disk() -> int:

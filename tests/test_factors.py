@@ -29,7 +29,7 @@ def test_every_order_of_rotation_agrees(length, m, p, bias, rotated, cut, monkey
     expected = layer.Q_S.T @ expected if rotated[0] else expected
     expected = expected @ layer.Q_A if rotated[1] else expected
     found = torch.zeros_like(expected)
-    for some, rows, piece in Rotator().blocks(layer, TokenGradients(a, g, bias), Rotated(*rotated)):
+    for some, rows, piece in Rotator().pieces(layer, TokenGradients(a, g, bias), Rotated(*rotated)):
         assert piece.is_contiguous() and float(piece[..., m + bias :].abs().sum()) == 0
         found[some, rows] = piece[..., : m + bias]
     torch.testing.assert_close(found, expected)

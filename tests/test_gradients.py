@@ -6,7 +6,6 @@ from conftest import ARCHITECTURES, random_sequences, tiny_model
 from torch import nn
 
 from influence_kit.gradients import (
-    Batch,
     Recorder,
     batch_rows,
     forward,
@@ -60,7 +59,7 @@ def test_no_gradient_reaches_positions_that_are_not_counted():
 
 def test_counted_positions_have_a_target_after_them():
     mask = torch.tensor([[0, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]).bool()
-    batch = Batch(torch.zeros(3, 4, dtype=torch.long), mask)
+    batch = read_batch({"input_ids": torch.zeros(3, 4, dtype=torch.long), "loss_mask": mask}, slice(0, 3))
     assert batch.length == 2  # nothing is computed at or after the last target
     assert torch.equal(batch.counted, torch.tensor([[1, 1], [1, 0], [0, 0]]).bool())
 

@@ -15,9 +15,10 @@ from conftest import random_sequences, tiny_model
 from influence_kit import index as module
 from influence_kit.ekfac import fit_ekfac
 from influence_kit.factors import Rotator
+from influence_kit.features import Features
+from influence_kit.gradients import Recorder, frozen, read_batch, sequence_gradients
 from influence_kit.index import Index, build_index, recall
 from influence_kit.scoring import score, top_scores
-from influence_kit.shelf import Buffers
 
 WHOLE = 1 << 20  # bytes a sequence at which a tiny model's gradient is kept whole
 
@@ -80,7 +81,8 @@ def test_rescored_ends_are_the_exact_ones(tiny, tmp_path, form, limit):
     found = index.query(model, queries_of(), k=5, sequences=data, rescore=50, form=form)
     assert torch.equal(found.sequences, exact.sequences) and found.form == form and recall(found, exact, 5) == 1
     torch.testing.assert_close(found.values, exact.values, rtol=1e-4, atol=1e-5 * float(exact.values.abs().max()))
-    assert index.query(model, queries_of(), k=5, form=form).form == f"approximate {form}"
+    quick = index.query(model, queries_of(), k=5, form=form)
+    assert (quick.form, quick.approximate, found.approximate) == (form, True, False)
 
 
 def test_an_answer_does_not_depend_on_what_else_is_asked(tiny, tmp_path):
@@ -92,37 +94,17 @@ def test_an_answer_does_not_depend_on_what_else_is_asked(tiny, tmp_path):
     assert torch.equal(together.sequences, torch.cat([found.sequences for found in alone]))
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_codes_are_unbiased(bits):
-    """Over 400 mixings the mean product with a code is the product itself within five standard errors and, for what is not
-    Gaussian in blocks of 64, 1 % of the norms; a vector's product with its own code is exact."""
-    generator = torch.Generator().manual_seed(0)
-    x, q = torch.randn(2, 512, generator=generator) * torch.rand(512, generator=generator)
-    hadamard, products = module._hadamard().float(), []
-    for _ in range(400):
-        order = torch.randperm(512, generator=generator)
-        signs = 2.0 * torch.randint(0, 2, (512,), generator=generator) - 1
-        mixed = [(hadamard @ (v * signs)[order].view(64, -1)).view(1, -1) for v in (x, q)]
-        codes, scale = module._encode(mixed[0], bits)
-        assert codes.shape == (1, 512 * bits // 8)
-        products.append(module._products(codes, module._fields(torch.cat(mixed), bits), bits, Buffers())[:, 0] * scale)
-    products = torch.stack(products)
-    torch.testing.assert_close(products[:, 0], x.dot(x).expand(400), rtol=1e-4, atol=0)
-    error = float((products[:, 1].mean() - x.dot(q)).abs())
-    assert error < 5 * float(products[:, 1].std()) / 20 + 0.01 * float(x.norm() * q.norm())
-
-
-def test_chosen_coordinates_are_those_of_largest_second_moment(tiny, tmp_path, monkeypatch):
+def test_chosen_coordinates_are_those_of_largest_second_moment(tiny, tmp_path):
     model, factors = tiny
     data = random_sequences(40)
     index = build_index(model, factors, data, tmp_path, bytes_per_sequence=8 + 64)
     assert index.about["bits"] == 1 and index.about["dims"] == 512
-    features = module._Features(model, factors, 0.1)
+    features = Features(model, factors, 0.1)
     gradients = {name: [] for name in factors.layers}
     rotator = Rotator()
-    with module.frozen(model), module.Recorder({n: dict(model.named_modules())[n] for n in factors.layers}) as recorder:
-        batch = module.read_batch(data, slice(0, 40))
-        for name, found in module.sequence_gradients(model, recorder, batch)[0].items():
+    with frozen(model), Recorder({n: dict(model.named_modules())[n] for n in factors.layers}) as recorder:
+        batch = read_batch(data, slice(0, 40))
+        for name, found in sequence_gradients(model, recorder, batch)[0].items():
             layer = features.factors.layers[name]
             gradients[name] = rotator.gradients(layer, found).clone() / layer.damped(0.1).sqrt()
     phi = torch.cat([g.flatten(1) for g in gradients.values()], 1)
@@ -375,6 +357,7 @@ def in_every_process(folder: Path) -> None:
     found = index.query(model, queries_of(), k=3, sequences=data, rescore=45)
     exact = top_scores(model, index.factors, queries_of(), data, k=3)
     assert torch.equal(found.sequences, exact.sequences)
+    torch.distributed.barrier()  # a rank that leaves while another still sends aborts
     torch.distributed.destroy_process_group()
 
 

@@ -6,36 +6,11 @@
 import pytest
 import torch
 from conftest import random_sequences, tiny_model
+from random_models import random_model
 from reference import ekfac_scores
 
 from influence_kit.ekfac import fit_ekfac
 from influence_kit.scoring import score
-
-
-def built(architecture: str, seed: int, width: int, dtype):
-    """A random model of any family, straight from transformers' own configurations."""
-    import transformers as tf
-
-    common = {"vocab_size": 29, "num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
-    hidden = {"hidden_size": width, "intermediate_size": 3 * width, "num_attention_heads": 4}
-    grouped = hidden | {"num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": False}
-    configurations = {
-        "gpt_neox": lambda: tf.GPTNeoXConfig(**common, **hidden, max_position_embeddings=64),
-        "gpt2": lambda: tf.GPT2Config(vocab_size=29, n_layer=2, n_embd=width, n_head=4, n_positions=64),
-        "llama": lambda: tf.LlamaConfig(**common, **grouped),
-        "qwen2": lambda: tf.Qwen2Config(**common, **grouped),
-        "olmo2": lambda: tf.Olmo2Config(**common, **grouped),
-        "bloom": lambda: tf.BloomConfig(vocab_size=29, n_layer=2, hidden_size=width, n_head=4),
-    }
-    torch.manual_seed(seed)
-    model = tf.AutoModelForCausalLM.from_config(configurations[architecture]())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(4)
-            elif name.endswith("bias"):
-                parameter.normal_(std=0.1)
-    return model.to(dtype).eval()
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -43,7 +18,7 @@ def built(architecture: str, seed: int, width: int, dtype):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-5)])
 def test_scores_agree_with_an_independent_implementation(architecture, padded, dtype, tolerance):
     shape = {"gpt_neox": (12, 9), "llama": (24, 14), "gpt2": (16, 23)}.get(architecture, (8, 11))
-    model = built(architecture, 5, shape[0], dtype)
+    model = random_model(architecture, 5, shape[0]).to(dtype)
     data = random_sequences(10, shape[1], seed=1, padded=padded)
     labels = torch.randint(0, 29, data["input_ids"].shape, generator=torch.Generator().manual_seed(2))
     queries = random_sequences(3, shape[1], seed=3, padded=padded)
@@ -57,7 +32,7 @@ def test_scores_agree_with_an_independent_implementation(architecture, padded, d
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_neox"])
 def test_attention_layers_agree_too(architecture):
-    model = built(architecture, 6, 16, torch.float64)
+    model = random_model(architecture, 6, 16).double()
     data, queries = random_sequences(8, 10, seed=1, padded=True), random_sequences(2, 10, seed=3)
     labels = torch.randint(0, 29, (8, 10), generator=torch.Generator().manual_seed(2))
     pattern = r"(self_attn|attention)\."

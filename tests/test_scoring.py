@@ -1,11 +1,14 @@
 """Identities 2, 5, 6 and 7: scores against explicit inverses, decompositions, finite differences."""
 
+import math
+
 import pytest
 import torch
 from conftest import ARCHITECTURES, random_sequences, tiny_model
 
+from influence_kit.directions import Directions
 from influence_kit.ekfac import fit_ekfac
-from influence_kit.factors import LayerFactors, Rotator
+from influence_kit.factors import EIGENBASIS, LayerFactors, Rotator
 from influence_kit.gradients import Recorder, forward, frozen, read_batch, sequence_losses, tracked_layers
 from influence_kit.gradients import sequence_gradients as gradients_of
 from influence_kit.scoring import score, token_scores, top_scores
@@ -212,6 +215,16 @@ def test_directions_in_a_file_score_like_those_in_memory(norms):
     assert torch.equal(one.values, other.values)
 
 
+def test_directions_of_one_query_come_from_memory_or_file_alike():
+    model, factors, queries, _ = setting("gpt_neox")
+    rotated = dict.fromkeys(factors.layers, EIGENBASIS)
+    kept, filed = (Directions(model, factors, queries, 0.1, rotated, batch_size=2, memory=m) for m in (2e9, 0))
+    for name, layer in factors.layers.items():
+        for query in range(3):
+            one = kept.of_query(name, query)
+            assert one.shape == layer.eigenvalues.shape and torch.equal(one, filed.of_query(name, query))
+
+
 @pytest.mark.parametrize("norms", [False, True])
 def test_query_batching_at_full_rank_is_exact_and_states_its_error_below_it(norms):
     setup = setting("gpt_neox")
@@ -242,7 +255,10 @@ def test_top_scores_keep_both_ends_of_the_whole_ranking(form):
         assert [row.sequence for row in ends.top(9, query)] == order[:9].tolist()
         assert [row.sequence for row in ends.bottom(4, query)] == order.flip(0)[:4].tolist()
         assert ends.top(1, query)[0].score == pytest.approx(float(values[query].max()))
-    assert ends.top(1)[0].nats_per_copy == ends.top(1)[0].score / 600
+    copies = ends.top(1)[0].nats_per_copy
+    assert copies == ends.top(1)[0].score / 600 if form == "raw" else math.isnan(copies)  # RelatIF is not in nats
+    with pytest.raises(ValueError, match="query=3 is out of range"):
+        ends.top(1, 3)
     with pytest.raises(ValueError, match="more than the 9"):
         ends.top(10)
     with pytest.raises(ValueError, match="form='best'"):
@@ -269,6 +285,10 @@ def test_tokens_of_a_few_sequences_without_another_scan():
     assert tokens.shape == (2, 12)
     torch.testing.assert_close(tokens.sum(1), scores.values[1, [4, 2]], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(tokens, token_scores(*setup[:2], _row(setup[2], 1), _row(setup[3], [4, 2])))
+    assert torch.equal(scores.per_token(-2, [4, 2]), tokens)  # of three queries, the second
+    for query, sequences, message in ((3, [1], "query=3 is out of range"), (0, [], "no sequences given")):
+        with pytest.raises(ValueError, match=message):
+            scores.per_token(query, sequences)
     from dataclasses import replace
 
     with pytest.raises(ValueError, match="do not know their model"):

@@ -63,6 +63,7 @@ def main() -> None:
 
     found = results(asked.out / "state", watched)
     save_file(found, asked.out / f"rank-{rank}.safetensors")
+    torch.distributed.barrier()  # a rank that leaves while another still sends aborts
     torch.distributed.destroy_process_group()
 
 

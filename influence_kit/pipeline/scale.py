@@ -5,29 +5,41 @@ so L = T - 1 positions, and layers [P, M'] (M' counts a bias). Elementwise work,
 each other are left out. Memory and temporary files are one rank's, what stays on disk is all ranks' together.
 """
 
+import copy
 import inspect
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
+from influence_kit.codes import MIXED, NORMS, layout
 from influence_kit.directions import LEANING, OVERSAMPLED, POWER_STEPS, QUERY_BLOCK
 from influence_kit.ekfac import fit_ekfac
 from influence_kit.errors import UserError
+from influence_kit.features import PILOT
 from influence_kit.gradients import WIDEST
+from influence_kit.index import Index, build_index
+from influence_kit.scoring import score
 from influence_kit.shelf import aligned_width
 
 VOCABULARY = 50_000
 RATIO = 64  # a decoder is about as many times as wide as it is deep, and its width a multiple of it
 EIGH = 30  # float32 operations in the time that an m-wide float64 eigh takes, over m^3: seen on a CPU core
 FILE_SPEED = 2e9  # bytes a second of temporary files and of the index
-FIT_MEMORY = inspect.signature(fit_ekfac).parameters["memory"].default
 DTYPES = {"float64": (8, 8), "float32": (4, 4), "bfloat16": (2, 4), "float16": (2, 4)}  # bytes of a weight, of all else
 SIZES = {"PB": 1e15, "TB": 1e12, "GB": 1e9, "MB": 1e6}
 TIMES = {"days": 86400, "h": 3600, "min": 60, "s": 1}
+
+
+def _default(function: Callable, name: str):
+    return inspect.signature(function).parameters[name].default
+
+
+FIT_MEMORY = _default(fit_ekfac, "memory")
+RESCORED = _default(Index.query, "rescore")
 
 
 class Layer(NamedTuple):
@@ -67,7 +79,8 @@ class Work:
     """`sequences` of `length` tokens are scanned for `queries` by `ranks`, with factors fitted on `fit` sequences.
 
     rank: of query directions, None for whole ones; memory: bytes of them that a rank holds. top: keep so many of either
-    end of each query's ranking, None for all scores. disk: bytes that a rank's temporary files may take.
+    end of each query's ranking, None for all scores. disk: bytes that a rank's temporary files may take. batch_size: None for
+    the engine's own, which differ.
     """
 
     sequences: int
@@ -77,7 +90,7 @@ class Work:
     ranks: int = 1
     blocks: int = 1
     rank: int | None = None
-    batch_size: int = 32
+    batch_size: int | None = None
     index_bytes: int = 8192
     top: int | None = None
     self_influence: bool = False
@@ -126,7 +139,7 @@ def _parts(width: int, blocks: int) -> list[int]:
 
 
 def _triangle(width: int, blocks: int) -> int:
-    """Multiply-adds a token of a covariance's upper triangle, in strips of an eighth of a block."""
+    """Multiply-adds a token of a covariance's lower triangle, in strips of an eighth of a block."""
     strips = [(m, max(m // 8, 128), row) for m in _parts(width, blocks) for row in range(0, m, max(m // 8, 128))]
     return sum(min(step, m - row) * (m - row) for m, step, row in strips)
 
@@ -146,9 +159,15 @@ class _Sizes:
         self.passes = model.passes(self.L)
         self.weights = float(weight * model.width * (12 * model.width * model.depth + model.vocabulary))
         # Inputs, outputs and their gradients, what else of a block is kept (16 widths, as seen), and logits with theirs.
-        token = 2 * sum(self.sides) - sum(self.inputs) + 16 * model.width * model.depth + 3 * model.vocabulary
-        self.batch = self.weights + self.number * work.batch_size * self.L * token
+        self.token = 2 * sum(self.sides) - sum(self.inputs) + 16 * model.width * model.depth + 3 * model.vocabulary
         self.formed = sum(self.rotation(layer) for layer in self.layers) + 2.0 * self.L * self.numbers
+
+    def batch_size(self, function: Callable) -> int:
+        return self.work.batch_size or _default(function, "batch_size")
+
+    def batch(self, function: Callable, most: int | None = None) -> float:
+        """Bytes of the weights and of a batch, of `most` sequences or as many as this function of the engine reads."""
+        return self.weights + self.number * (most or self.batch_size(function)) * self.L * self.token
 
     def rotation(self, layer: Layer, outputs: bool = True, inputs: bool = True, by_tokens: bool = False) -> float:
         """Operations of rotating a sequence's gradient: of each side its tokens or, where that is fewer, the gradient."""
@@ -164,8 +183,9 @@ def estimate(shapes: Sequence[tuple], model: Decoder, work: Work) -> list[Stage]
 
 
 def _fit(s: _Sizes) -> list[Stage]:
-    """Token gradients are kept between the passes as far as memory and disk last, and computed again beyond."""
-    fitted, blocks = s.work.fit / s.work.ranks, s.work.blocks
+    """Token gradients are kept between the passes as far as memory and disk last, and computed again beyond. Sums of
+    covariances (8 bytes) make room for eigenvectors in the working dtype; a copy of Lambda's shape stands beside its sums."""
+    batch, fitted, blocks = s.batch(fit_ekfac), s.work.fit / s.work.ranks, s.work.blocks
     needed = fitted * s.L * sum(s.sides) * s.number
     kept = min(FIT_MEMORY + s.work.disk, needed)
     filed = max(kept - FIT_MEMORY, 0)
@@ -173,13 +193,12 @@ def _fit(s: _Sizes) -> list[Stage]:
     cubes = [float(sum(m**3 for m in _parts(n, blocks))) for n in s.sides]
     busiest = max(sum(cubes[rank :: s.work.ranks]) for rank in range(min(s.work.ranks, len(cubes))))
     held, workspace = kept - filed + s.labels, 24 * max(_parts(max(s.sides), blocks)) ** 2
-    # Covariances stay (8 bytes) beside eigenvectors in float64 and in the working dtype.
-    later = 16 * s.bases + 8 * s.numbers + (s.number < 8) * s.number * (s.bases + s.numbers)
+    later = s.number * s.bases + (8 + (s.number < 8) * s.number) * s.numbers
     again = fitted * ((1 - kept / needed) * s.passes + s.formed)
     return [
-        Stage("fit pass", fitted * (s.passes + covariances), s.batch + held + 8 * s.bases, filed, 0, filed),
-        Stage("eigendecomposition", 0, s.weights + held + 16 * s.bases + workspace, filed, cubes=busiest),
-        Stage("eigenvalue pass", again, s.batch + held + later, filed, s.factors, filed),
+        Stage("fit pass", fitted * (s.passes + covariances), batch + held + 8 * s.bases, filed, 0, filed),
+        Stage("eigendecomposition", 0, s.weights + held + 8 * s.bases + workspace, filed, cubes=busiest),
+        Stage("eigenvalue pass", again, batch + held + later, filed, s.factors, filed),
     ]
 
 
@@ -189,7 +208,8 @@ def _scan(s: _Sizes) -> list[Stage]:
     asked, scanned, held = s.passes + s.formed, s.passes, []
     for layer in s.layers:
         P, M, _ = layer
-        outputs, inputs = (norms or LEANING * work.sequences * s.L < Q * other for other in (M, P))  # as in rotated_sides
+        tokens = work.sequences * s.L // work.ranks
+        outputs, inputs = (norms or LEANING * tokens < Q * other for other in (M, P))  # as in rotated_sides
         back_P, back_M = (not outputs) * s.square[P], (not inputs) * s.square[M]
         if r is None:
             held.append(P * (aligned_width(M) if inputs else M))
@@ -205,27 +225,48 @@ def _scan(s: _Sizes) -> list[Stage]:
         scanned += 2.0 * norms * P * M
     directions, each = float(s.number * Q * sum(held)), work.sequences / work.ranks
     filed = max(directions - work.memory, 0)
-    beside = s.batch + s.factors + directions - filed + (filed > 0) * s.number * Q * max(held)
+    beside = s.batch(score) + s.factors + directions - filed + (filed > 0) * s.number * Q * max(held)
     solving = s.number * (s.numbers + 4 * max(QUERY_BLOCK, *(P * M for P, M, _ in s.layers)))
     scores = s.number * work.sequences * (Q + norms) if work.top is None else 2 * Q * work.top * (s.number + 8)
     scanning = beside + norms * s.number * s.numbers + scores
     return [
         Stage("queries", Q * asked, beside + solving, filed, 0, filed),
-        Stage("scan", each * scanned, scanning, filed, scores, filed * each / work.batch_size),
+        Stage("scan", each * scanned, scanning, filed, scores, filed * each / s.batch_size(score)),
     ]
 
 
 def _index(s: _Sizes) -> list[Stage]:
-    """Float16 numbers, as many of each layer: both sides of its gradient projected to k. Then one query against all."""
-    each, numbers = s.work.sequences / s.work.ranks, s.work.index_bytes / 2
-    index = float(s.work.sequences * s.work.index_bytes)
-    k, share = math.sqrt(numbers / len(s.layers)), index / s.work.ranks
-    build = each * (s.passes + 2.0 * s.L * (k * sum(P + M for P, M, _ in s.layers) + numbers))
-    answering = s.batch + s.factors + s.number * (2 * s.numbers + each)
+    """A scan with self-influence writes coordinates of whitened gradients, after another over PILOT sequences where not all
+    fit. A query reads all codes, on every rank, and unpacks each for as much as a product with it: N dims (1 + Q)
+    multiply-adds. Its candidates, RESCORED at either end, are then scanned for it."""
+    N, bits, dims, kept = s.work.sequences, *_kept(s)
+    gradient, mixing = s.passes + s.formed + 2.0 * s.numbers, 2.0 * MIXED * dims * (bits < 16)
+    index = float(N * (dims * bits // 8 + NORMS))
+    once = s.factors - s.labels + 12 * kept
+    pilot = min(PILOT, N) if kept < s.numbers else 0
+    # Beside factors: the inverse of Lambda, and of each coordinate its number, sign, position and weight.
+    beside = s.factors + s.number * s.numbers + (20 + s.number) * kept
+    choosing = (pilot > 0) * 24 * s.numbers  # sums in float64, weighted, and in a row
+    few = copy.copy(s)
+    few.work = replace(s.work, sequences=min(2 * RESCORED, N), queries=1, rank=None, self_influence=True, top=None)
+    few.work = replace(few.work, batch_size=s.batch_size(Index.query))
+    asked, scanned = _scan(few)
+    rescoring = asked.operations + scanned.operations
+    build = N / s.work.ranks * (gradient + mixing) + pilot / s.work.ranks * (s.passes + s.formed)
     return [
-        Stage("index build", build, s.batch, 0, index, share),
-        Stage("one index query", s.passes + s.formed + 2.0 * each * numbers, answering, traffic=share),
+        Stage("index build", build, s.batch(build_index) + beside + choosing, 0, index + once, index / s.work.ranks),
+        Stage("one index query", gradient + mixing + 4.0 * N * dims, s.batch(Index.query, 1) + beside, traffic=index),
+        Stage("its rescoring", rescoring, max(asked.memory, scanned.memory) + 4.0 * N),
     ]
+
+
+def _kept(s: _Sizes) -> tuple[int, int, int]:
+    """(bits, places, coordinates) that an index keeps of a sequence."""
+    try:
+        bits, dims = layout(s.numbers, s.work.index_bytes)
+    except ValueError as error:
+        raise UserError(f"--index-bytes: {error}") from error
+    return bits, dims, min(dims, s.numbers)
 
 
 def problems(stages: Sequence[Stage], shapes: Sequence[tuple], work: Work) -> list[str]:
@@ -262,11 +303,12 @@ def speed_of(operations: float | None = None) -> Speed:
 def describe(model: Decoder, work: Work, speed: Speed) -> str:
     """The stages as a table for the terminal, totals with a scan and with an index instead, and what is assumed."""
     stages = estimate(model.shapes, model, work)
+    bits, dims, kept = _kept(sizes := _Sizes(model.shapes, model, work))
     lines = [f"{'stage':<18}" + "".join(f"{head:>13}" for head in ("time", "memory", "temporary", "disk"))]
     groups = [(stage.name, [stage]) for stage in stages]
     for name, some in [*groups, ("all with scan", stages[:5]), ("all with index", stages[:3] + stages[5:])]:
-        sizes = max(s.memory for s in some), max(s.temporary for s in some), sum(s.disk for s in some)
-        cells = [_in(sum(s.seconds(speed) for s in some), TIMES), *(_in(each, SIZES) for each in sizes)]
+        taken = max(s.memory for s in some), max(s.temporary for s in some), sum(s.disk for s in some)
+        cells = [_in(sum(s.seconds(speed) for s in some), TIMES), *(_in(each, SIZES) for each in taken)]
         lines.append(f"{name:<18}" + "".join(f"{cell:>13}" for cell in cells))
     notes = f"""\
 Time, memory and temporary files are those of each rank, of {work.ranks:,}; disk is all ranks' together.
@@ -275,7 +317,9 @@ Model: {model.depth} blocks {model.width:,} wide with 12 width^2 parameters each
   {model.vocabulary:,} tokens; layers: {model.layers}.
 Speed: {speed.operations:.2g} operations/s, {speed.eigh:.2g} s an eigh 1,000 wide in float64, growing with the cube ({speed.source});
   files {_in(FILE_SPEED, SIZES)}/s. Left out: elementwise work, the sampling of labels, what ranks send each other.
-Index: {work.index_bytes:,} bytes a sequence, gradients projected on both sides, float16."""
+Index: {dims * bits // 8 + NORMS:,} bytes a sequence: {kept:,} of the whitened gradient's {sizes.numbers:,} coordinates, bits of each: {bits}.
+  Building it is a scan with self-influence{f", after one of {min(PILOT, work.sequences):,} sequences that chooses" if kept < sizes.numbers else ""}. A query reads all of it, on every rank;
+  rescoring makes exact what it found, {RESCORED} at either end."""
     return "\n".join([*lines, notes, *problems(stages, model.shapes, work)])
 
 

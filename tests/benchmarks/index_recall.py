@@ -32,7 +32,7 @@ from influence_kit.errors import UserError
 from influence_kit.index import Index, build_index, recall
 from influence_kit.models import load
 from influence_kit.pipeline.cache import ensure
-from influence_kit.pipeline.grid import atlas_grid, text_grid
+from influence_kit.pipeline.grid import planted_grid, text_grid
 from influence_kit.pipeline.profiles import load_profile
 from influence_kit.pipeline.stages.influence import scan_rows, scored_queries
 from influence_kit.scores import TopScores, ends
@@ -98,7 +98,10 @@ def measure(asked: argparse.Namespace, trained) -> None:
     fitting = batch_of(world.sequences, np.sort(rng.permutation(total)[:1000]))
     rows = scan_rows(world, total, rng)
     corpus = batch_of(world.sequences, np.sort(rng.permutation(rows)[: asked.sequences]))
-    queries = batch_of(world.queries, np.sort(rng.permutation(scored_queries(world))[: asked.queries]))
+    chosen = scored_queries(world)
+    if trained.corpus == "atlas":  # facts, not canaries
+        chosen = chosen[world.queries["kind"].to_numpy(zero_copy_only=False)[chosen] == "fact"]
+    queries = batch_of(world.queries, np.sort(rng.permutation(chosen)[: asked.queries]))
     few = {name: tensor[:5] for name, tensor in queries.items()}
     one = {name: tensor[:1] for name, tensor in queries.items()}
     factors = fit_ekfac(model, fitting, seed=11)
@@ -143,7 +146,9 @@ def main() -> None:
             print(f"| text left out: profile {profile.name} has none |", flush=True)
             continue
         try:
-            for trained in (atlas_grid if corpus == "atlas" else text_grid)(profile, widths=widths, seeds=seeds):
+            narrowed = {"widths": widths, "seeds": seeds}
+            text = corpus == "text"
+            for trained in text_grid(profile, **narrowed) if text else planted_grid(profile, corpus, **narrowed):
                 measure(asked, trained)
         except UserError as error:
             print(f"| {corpus} left out: {error} |", flush=True)
