@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from influence_kit.corpora.world import World, batch_of
+from influence_kit.errors import UserError
 from influence_kit.pipeline import grid
 from influence_kit.pipeline.cache import Stage, ensure
 from influence_kit.pipeline.fingerprint import versions
@@ -112,16 +114,34 @@ class Run:
         steps = np.array(self.losses["held_out_step"])
         return self.losses["held_out"][int(np.abs(steps - fraction * self.losses["steps"]).argmin())]
 
-    def scan(self, fraction: float = 1.0) -> Scan:
-        """The influence scores at a fraction of training."""
+    def scan(self, fraction: float = 1.0, kind: str | None = "fact") -> Scan:
+        """The influence scores at a fraction of training; kind: which of Atlas's queries, "fact", "canary" or None for both.
+
+        Other worlds ask one kind of query, which all come whatever `kind` says.
+        """
         from safetensors.torch import load_file
 
         from influence_kit.scores import Scores
 
         found = load_file(ensure(self.trained.influence[fraction]) / "scores.safetensors")
+        queries = found["queries"].numpy()
+        if self.corpus == "atlas" and kind is not None:
+            kinds = self.world.queries["kind"].to_numpy(zero_copy_only=False)[queries]
+            if kind not in (known := sorted(set(kinds))):
+                raise UserError(f"kind={kind!r} was not scored: choose one of {', '.join(known)}, or None for all")
+            chosen = np.flatnonzero(kinds == kind)
+            queries = queries[chosen]
+            found |= {name: found[name][chosen] for name in ("values", "query_norm")}
         size = self.world.sequences.num_rows
         scores = Scores(found["values"], found["self_influence"], found["query_norm"], (), size)
-        return Scan(scores, found["rows"].numpy(), found["queries"].numpy())
+        return Scan(scores, found["rows"].numpy(), queries)
+
+    def extra(self, kind: str, fraction: float = 1.0) -> Path:
+        """The folder that a stage of this kind wrote about the scan at a fraction; asked for by `extra=` when the models were."""
+        if (kind, fraction) not in self.trained.extra:
+            made = ", ".join(f"{kind} at {f:g}" for kind, f in self.trained.extra) or "none"
+            raise UserError(f"no {kind!r} was made at {fraction:g} of training, only {made}: name it in the profile's `extra`")
+        return ensure(self.trained.extra[kind, fraction])
 
     def model(self, fraction: float = 1.0) -> nn.Module:
         """The model at a kept checkpoint."""
@@ -135,13 +155,26 @@ class Run:
 
         return Factors.load(ensure(self.trained.influence[fraction]) / "factors.safetensors")
 
-    def card(self, query: int, k: int = 5, fraction: float = 1.0, title: str = "") -> Card:
-        """Token card of one scored query (a position in the scan): k most and least influential sequences, shaded by token."""
+    def card(
+        self,
+        query: int,
+        k: int = 5,
+        fraction: float = 1.0,
+        title: str = "",
+        labels: Mapping[int, str] | Callable[[int], str] | None = None,
+        kind: str | None = "fact",
+    ) -> Card:
+        """Token card of one scored query (a position in `scan(fraction, kind)`), its k most and least influential sequences
+        shaded by token.
+
+        labels: from a column of the scan to a short word for what that sequence is to the query (its tier, say), shown in
+        place of the kind of sequence; columns that a mapping leaves out have none.
+        """
         from influence_kit.measures.lexical import bm25
         from influence_kit.reading.cards import Row, query_card
         from influence_kit.scoring import token_scores
 
-        scan, world = self.scan(fraction), self.world
+        scan, world = self.scan(fraction, kind), self.world
         asked = int(scan.queries[query])
         ranked = [*scan.scores.top(k, query), *scan.scores.bottom(k, query)]
         positions = [row.sequence for row in ranked]
@@ -151,7 +184,8 @@ class Run:
             tokens = token_scores(
                 self.model(fraction), self.factors(fraction), batch_of(world.queries, [asked]), chosen, damping
             )
-        about = world.sequences.select(["language"] + (["kind"] if "kind" in world.sequences.column_names else []))
+        about = world.sequences.select([n for n in ("language", "kind") if n in world.sequences.column_names])
+        word = (lambda column: labels.get(column, "")) if isinstance(labels, Mapping) else labels
         texts, asked_text = _kept(batch_of(world.sequences, scan.rows)), _kept(batch_of(world.queries, [asked]))
         lexical = np.argsort(np.argsort(-bm25(asked_text, texts)[0], kind="stable"), kind="stable") + 1
         order = np.argsort(np.argsort(-scan.raw[query], kind="stable"), kind="stable") + 1
@@ -166,8 +200,8 @@ class Run:
                     int(order[row.sequence]),
                     row.nats_per_copy,
                     round(100 * (1 - (order[row.sequence] - 1) / len(order)), 2),
-                    language_name(facts["language"]),
-                    facts.get("kind", ""),
+                    language_name(facts["language"]) if "language" in facts else "",
+                    word(row.sequence) if word else facts.get("kind", ""),
                     int(lexical[row.sequence]),
                     tokens[place, :length].tolist(),
                 )
@@ -178,6 +212,27 @@ class Run:
         pieces = world.pieces(ids[:end].tolist())
         joiner = " " if world.vocabulary else ""
         return query_card(pieces[1:start], pieces[start:], rows, k=k, title=title, joiner=joiner, alignment="predicted")
+
+
+def paired(base: Iterable[Run], others: Iterable[Run]) -> list[tuple[Run, Run]]:
+    """Each of the other runs beside the base run of its corpus, size and seed: what a changed corpus did to that model.
+
+    Both were asked the same queries, so that their `answers` agree row by row but for what the model says (the columns that
+    a world plants in queries, `treated` say, are those of each run's own world). Raises UserError where a base run is
+    missing or was asked something else.
+    """
+    known = {(run.corpus, run.trained.size, run.seed): run for run in base}
+    pairs = []
+    for run in others:
+        name = f"{run.corpus} {run.arm} {run.width}x{run.trained.size.depth}, seed {run.seed}"
+        found = known.get((run.corpus, run.trained.size, run.seed))
+        if found is None:
+            raise UserError(f"{name} has no base run of its size and seed: ask for the same widths and seeds in both")
+        asked = [one.world.queries.select(["input_ids", "loss_mask"]) for one in (found, run)]
+        if not asked[0].equals(asked[1]):
+            raise UserError(f"{name} was asked other queries than arm {found.arm}: pair arms of one world only")
+        pairs.append((found, run))
+    return pairs
 
 
 def language_name(code: int | str) -> str:
@@ -194,7 +249,7 @@ def _kept(batch: dict) -> list[list[int]]:
 
 
 class Chapter:
-    """A notebook's own place: `atlas(...)` and `text(...)` give models, `figure` and `claim` keep what it found.
+    """A notebook's own place: `atlas`, `ladder`, `cast` and `text` give models, `figure` and `claim` keep what it found.
 
     name: the notebook's stem; profile, seeds and real_text as on the command line. Files go where INFLUENCE_KIT_FIGURES says (set
     by run_all.sh), else to figures/scratch/.
@@ -212,13 +267,30 @@ class Chapter:
         self.claims: list[Claim] = []
         self._stages: dict[str, Stage] = {}
 
+    def planted(self, corpus: str, *arms: str, **choice) -> list[Run]:
+        """Models trained on a planted world: `arms` ("base" by default); `fractions`, `widths`, `seeds` narrow the grid, `extra`
+        names further stages to make. An empty list where the profile has no such world."""
+        return self._runs(grid.planted_grid(self.profile, corpus, arms or ("base",), **choice))
+
     def atlas(self, *arms: str, **choice) -> list[Run]:
-        """Models trained on Atlas: `arms` ("base" by default), and `fractions`, `widths`, `seeds` to narrow the grid."""
-        return self._runs(grid.atlas_grid(self.profile, arms or ("base",), **choice))
+        """Models trained on Atlas, chosen as in `planted`."""
+        return self.planted("atlas", *arms, **choice)
+
+    def ladder(self, *arms: str, **choice) -> list[Run]:
+        """Models trained on Ladder, chosen as in `planted`."""
+        return self.planted("ladder", *arms, **choice)
+
+    def cast(self, *arms: str, **choice) -> list[Run]:
+        """Models trained on Cast, chosen as in `planted`."""
+        return self.planted("cast", *arms, **choice)
 
     def text(self, **choice) -> list[Run]:
         """Models trained on real text; an empty list in a run without it."""
         return self._runs(grid.text_grid(self.profile, **choice))
+
+    def dialogue(self, *arms: str, **choice) -> list[Run]:
+        """Models trained on spoken lines, chosen as in `planted`; an empty list in a run without real text."""
+        return self._runs(grid.dialogue_grid(self.profile, arms or ("base",), **choice))
 
     def _runs(self, trained: list[grid.Trained]) -> list[Run]:
         self._stages |= {stage.fingerprint: stage for one in trained for stage in one.stages}

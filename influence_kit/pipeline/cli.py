@@ -126,7 +126,7 @@ def run(
 ) -> None:
     """Make every stage, execute every chapter, write figures/<profile>/ and the verdicts."""
     from influence_kit.pipeline import notebooks
-    from influence_kit.pipeline.grid import CHAPTERS, CHECKS, stages_for
+    from influence_kit.pipeline.chapters import CHAPTERS, CHECKS, stages_for
     from influence_kit.pipeline.publish import publish, verdict_table
 
     settings = _load(profile, _seeds(split(seeds)), without_real_text)
@@ -168,7 +168,7 @@ def stages(
     verify: Verify = False,
 ) -> None:
     """Make the stages alone, without notebooks: for a machine whose cache folder is carried back afterwards."""
-    from influence_kit.pipeline.grid import CHAPTERS, CHECKS, stages_for
+    from influence_kit.pipeline.chapters import CHAPTERS, CHECKS, stages_for
 
     settings = _load(profile, _seeds(split(seeds)), without_real_text)
     chapters = select(split(only), CHAPTERS)

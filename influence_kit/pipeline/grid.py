@@ -1,29 +1,31 @@
-"""The grid of a profile: which worlds, models and scans there are, and which of them each chapter reads."""
+"""The grid of a profile: which worlds, models and scans there are, as stages. What each chapter reads: `chapters`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from influence_kit.corpora.atlas import STATEMENT, Atlas
+from influence_kit.corpora.dialogue import Dialogue
 from influence_kit.corpora.parallel import ParallelText
 from influence_kit.errors import UserError
 from influence_kit.models import Recipe, steps_of
 from influence_kit.pipeline.cache import Cost, Stage
-from influence_kit.pipeline.profiles import Family, Profile, Scan, Size, TextGrid
+from influence_kit.pipeline.profiles import PLANTED, DialogueGrid, Family, PlantedGrid, Profile, Scan, Size, TextGrid
 from influence_kit.pipeline.stages import tuples
 
 HOME = "influence_kit.pipeline.stages"
 FLOPS = 4e10  # sustained by one core; an estimate for `--plan` only
 STEP = 0.012  # seconds of overhead of one training step
-QUERIES = 80
+QUERIES = 110  # scored; an estimate as well
 END = 1.0
 
 
 @dataclass(frozen=True)
 class Trained:
-    """One model of the grid: where it was trained, its seed and size, and its scans by fraction of training."""
+    """One model of the grid: where it was trained, its seed and size, its scans by fraction of training, and what else is
+    made of such a scan, by kind and fraction."""
 
     corpus: str
     arm: str
@@ -32,6 +34,7 @@ class Trained:
     world: Stage
     model: Stage
     influence: dict[float, Stage] = field(hash=False, compare=False)
+    extra: dict[tuple[str, float], Stage] = field(default_factory=dict, hash=False, compare=False)
 
     @property
     def stages(self) -> list[Stage]:
@@ -39,31 +42,55 @@ class Trained:
         below = [self.world]
         while below[0].inputs:
             below = [*below[0].inputs.values(), *below]
-        return [*below, self.model, *self.influence.values()]
+        return [*below, self.model, *self.influence.values(), *self.extra.values()]
 
 
-def atlas_grid(
+def planted_grid(
+    profile: Profile,
+    corpus: str,
+    arms: Sequence[str] = ("base",),
+    fractions: Iterable[float] = (END,),
+    widths: Iterable[int] | None = None,
+    seeds: Iterable[int] | None = None,
+    extra: Iterable[str] = (),
+) -> list[Trained]:
+    """Models of a planted world's family ("atlas", "ladder", …), ordered by arm, size and seed.
+
+    Arms that the profile leaves out are left out, and so are worlds; `fractions=()` makes models without any scan. `extra`:
+    kinds of stages to make of each scan, as far as the profile's `extra` has them.
+    """
+    if corpus not in PLANTED:
+        raise UserError(f"no world is called {corpus!r}: choose one of {', '.join(PLANTED)}")
+    return _of_arms(profile, getattr(profile, corpus), corpus, arms, fractions, widths, seeds, extra)
+
+
+def dialogue_grid(
     profile: Profile,
     arms: Sequence[str] = ("base",),
     fractions: Iterable[float] = (END,),
     widths: Iterable[int] | None = None,
     seeds: Iterable[int] | None = None,
+    extra: Iterable[str] = (),
 ) -> list[Trained]:
-    """Models of the Atlas family, ordered by arm, size and seed; arms that the profile leaves out are left out."""
-    grid, found = profile.atlas, []
+    """Models of the family that reads spoken lines, chosen as in `planted_grid`; none where the profile has no such lines."""
+    return _of_arms(profile, profile.dialogue, "dialogue", arms, fractions, widths, seeds, extra)
+
+
+def _of_arms(profile, grid: PlantedGrid | None, corpus, arms, fractions, widths, seeds, extra) -> list[Trained]:
+    found: list[Trained] = []
+    if grid is None:
+        return found
     for name in arms:
         arm = grid.arms.get(name)
         if arm is None and name != "base":
             continue
-        changes = arm.world if arm else {}
         allowed = arm.widths if arm and arm.widths else tuple(size.width for size in grid.family.sizes)
         for size in grid.family.sizes:
             if size.width not in (allowed if widths is None else set(allowed) & set(widths)):
                 continue
             for seed in profile.seeds if seeds is None else seeds:
-                found.append(
-                    _trained(profile, "atlas", name, seed, size, _atlas(profile, name, changes, seed), fractions)
-                )
+                world = _spoken(grid, name, seed) if isinstance(grid, DialogueGrid) else _planted(grid, corpus, name, seed)
+                found.append(_trained(profile, grid, corpus, name, seed, size, world, fractions, extra))
     return found
 
 
@@ -72,14 +99,16 @@ def text_grid(
     fractions: Iterable[float] = (END,),
     widths: Iterable[int] | None = None,
     seeds: Iterable[int] | None = None,
+    extra: Iterable[str] = (),
 ) -> list[Trained]:
     """Models of the real-text family; none where the profile has no real text."""
-    if profile.text is None:
+    grid = profile.text
+    if grid is None:
         return []
-    sizes = [size for size in profile.text.family.sizes if widths is None or size.width in widths]
+    sizes = [size for size in grid.family.sizes if widths is None or size.width in widths]
     chosen = profile.seeds if seeds is None else seeds
     return [
-        _trained(profile, "text", "base", seed, size, _parallel(profile, seed), fractions)
+        _trained(profile, grid, "text", "base", seed, size, _parallel(profile, seed), fractions, extra)
         for size in sizes
         for seed in chosen
     ]
@@ -87,7 +116,9 @@ def text_grid(
 
 def _texts(profile: Profile) -> TextGrid:
     if profile.text is None:
-        raise UserError(f"profile {profile.name!r} has no real text: leave out --without-real-text, or give it a `text` part")
+        raise UserError(
+            f"profile {profile.name!r} has no real text: leave out --without-real-text, or give it a `text` part"
+        )
     return profile.text
 
 
@@ -103,13 +134,34 @@ def text_stage(profile: Profile) -> Stage:
     return Stage("text", f"{HOME}.text:text", parameters, cost=cost, label="real text", early=True)
 
 
-def _atlas(profile: Profile, name: str, changes: dict, seed: int) -> Stage:
-    parameters = asdict(Atlas(**tuples({**profile.atlas.world, **changes, "seed": seed})))
-    size = parameters["documents"] * (parameters["facts_per_document"] * (STATEMENT + 1) + 1)
-    label = f"Atlas world, {name}, seed {seed}"
-    return Stage(
-        "world", f"{HOME}.atlas:atlas", parameters, cost=Cost(2 + size / 2e6, 400_000_000, 5 * size), label=label
-    )
+def _planted(grid: PlantedGrid, corpus: str, arm: str, seed: int) -> Stage:
+    """The stage that generates a planted world: `stages/<corpus>.py` with the parameters of its dataclass."""
+    world = PLANTED[corpus](**grid.of_arm(arm, seed))
+    documents, length, _ = _size(world)
+    tokens = documents * length
+    cost = Cost(2 + tokens / 2e6, 400_000_000, 5 * tokens)
+    label = f"{PLANTED[corpus].__name__} world, {arm}, seed {seed}"
+    return Stage("world", f"{HOME}.{corpus}:{corpus}", asdict(world), cost=cost, label=label)
+
+
+def lines_stage(grid: DialogueGrid) -> Stage:
+    """The stage that fetches or reads spoken lines, those of all campaigns that any arm reads."""
+    named = [arm.world.get("campaigns", ()) for arm in grid.arms.values()]
+    campaigns = sorted({*grid.world.get("campaigns", Dialogue().campaigns), *(name for part in named for name in part)})
+    parameters = {"source": grid.source, "folder": grid.folder, "campaigns": campaigns}
+    if grid.folder:  # so that other files in the same place make other lines
+        files = sorted(path for path in Path(grid.folder).glob("*.deb"))
+        parameters["files"] = [[path.name, path.stat().st_size] for path in files]
+    cost = Cost(60, 400_000_000, 20_000_000)
+    return Stage("text", f"{HOME}.dialogue:lines", parameters, cost=cost, label="spoken lines", early=True)
+
+
+def _spoken(grid: DialogueGrid, arm: str, seed: int) -> Stage:
+    """The stage that makes a world of spoken lines."""
+    world = Dialogue(**grid.of_arm(arm, seed))
+    cost = Cost(5, 600_000_000, 10 * world.lines * world.length)
+    label = f"spoken world, {arm}, seed {seed}"
+    return Stage("world", f"{HOME}.dialogue:dialogue", asdict(world), {"text": lines_stage(grid)}, cost=cost, label=label)
 
 
 def _parallel(profile: Profile, seed: int) -> Stage:
@@ -127,9 +179,16 @@ def _parallel(profile: Profile, seed: int) -> Stage:
 
 
 def _trained(
-    profile: Profile, corpus: str, arm: str, seed: int, size: Size, world: Stage, fractions: Iterable[float]
+    profile: Profile,
+    grid: PlantedGrid | TextGrid,
+    corpus: str,
+    arm: str,
+    seed: int,
+    size: Size,
+    world: Stage,
+    fractions: Iterable[float],
+    extra: Iterable[str] = (),
 ) -> Trained:
-    grid = profile.atlas if corpus == "atlas" else _texts(profile)
     if size.pretrained:
         return _pretrained(profile, grid.scan, seed, size, world, fractions)
     name = f"{corpus} {arm} {size.width}x{size.depth}, seed {seed}"
@@ -137,7 +196,21 @@ def _trained(
     scans = {
         fraction: _influence(profile, grid.scan, arm, seed, world, model, fraction, name) for fraction in fractions
     }
-    return Trained(corpus, arm, seed, size, world, model, scans)
+    made = {
+        (kind, fraction): _extra(kind, grid.extra[kind], scan, fraction, name)
+        for kind in extra
+        if kind in grid.extra
+        for fraction, scan in scans.items()
+    }
+    return Trained(corpus, arm, seed, size, world, model, scans, made)
+
+
+def _extra(kind: str, own: dict, scan: Stage, fraction: float, name: str) -> Stage:
+    """A stage of `stages/<kind>.py`, which reads the world, the model and a scan of it."""
+    parameters = {key: scan.parameters[key] for key in ("fraction", "seed", "damping", "layers", "device")}
+    label = f"{kind} of {name}, {fraction:.0%} of training"
+    inputs = {**scan.inputs, "influence": scan}
+    return Stage(kind, f"{HOME}.{kind}:{kind}", {**own, **parameters}, inputs, cost=scan.cost, label=label)
 
 
 def _pretrained(
@@ -170,7 +243,7 @@ def _model(family: Family, scan: Scan, seed: int, size: Size, world: Stage, name
     recipe = {**family.recipe, "seed": seed, "learning_rate": size.learning_rate, "checkpoints": checkpoints}
     parameters = {"architecture": family.architecture, "width": size.width, "depth": size.depth, "device": device}
     parameters["recipe"] = asdict(Recipe(**tuples(recipe)))
-    sequences, length, vocabulary = _shape(world)
+    sequences, length, vocabulary = shape(world)
     weights = 12 * size.depth * size.width**2
     steps = steps_of(sequences, Recipe(**tuples(recipe)))
     tokens = steps * Recipe(**tuples(recipe)).batch_size * length
@@ -200,7 +273,7 @@ def _influence(
         "layers": scan.layers,
         "device": profile.device,
     }
-    sequences, length, vocabulary = _shape(world)
+    sequences, length, vocabulary = shape(world)
     width, depth = model.parameters["width"], model.parameters["depth"]
     scanned, fitted = min(parameters["sequences"], sequences), min(scan.fit, sequences)
     maps = 8 * depth * width**2
@@ -218,87 +291,17 @@ def _influence(
     )
 
 
-def _shape(world: Stage) -> tuple[int, int, int]:
-    """Sequences, their length in tokens and the vocabulary's size, estimated from a world's parameters."""
-    p = world.parameters
-    if "documents" in p:
-        vocabulary = (
-            2 * (p["relations"] * (p["values"] + 2 * p["templates"]) + p["filler_words"])
-            + p["entities"]
-            + p["noise_words"]
-        )
-        return p["documents"], p["facts_per_document"] * (STATEMENT + 1) + 1, vocabulary
-    return p["pairs"] * len(p["languages"]), p["length"], p["vocabulary"]
+def shape(world: Stage) -> tuple[int, int, int]:
+    """Sequences of a world, their length in tokens and the vocabulary's size, estimated from the stage's parameters alone."""
+    name = world.function.rpartition(":")[2]
+    return _size({**PLANTED, "parallel": ParallelText, "dialogue": Dialogue}[name](**tuples(world.parameters)))
 
 
-def _start_here(profile: Profile) -> list[Trained]:
-    return atlas_grid(
-        profile,
-        seeds=profile.seeds[:1],
-        widths=[profile.atlas.family.sizes[min(1, len(profile.atlas.family.sizes) - 1)].width],
-    )
-
-
-def _worlds_and_models(profile: Profile) -> list[Trained]:
-    return atlas_grid(profile, ("base", "shuffled"), fractions=()) + text_grid(profile, fractions=())
-
-
-def _heavy_tails(profile: Profile) -> list[Trained]:
-    trained = atlas_grid(profile, fractions=(0.0, END))
-    return trained + atlas_grid(profile, ("shuffled",)) + text_grid(profile, (0.0, END))
-
-
-def _cross_lingual(profile: Profile) -> list[Trained]:
-    along = (*profile.atlas.scan.fractions, END)
-    arms = [arm for arm in profile.atlas.arms if arm != "shuffled"]
-    found = atlas_grid(profile, fractions=along) + atlas_grid(profile, arms)
-    return found + (text_grid(profile, (*profile.text.scan.fractions, END)) if profile.text else [])
-
-
-def text_is_in_reach(todo: Sequence[Stage]) -> None:
-    """Before any work: raise UserError when real text has to be fetched and cannot be."""
-    for stage in todo:
-        if stage.kind != "text":
-            continue
-        if stage.parameters["folder"] and not Path(stage.parameters["folder"]).exists():
-            raise UserError(
-                f"text folder {stage.parameters['folder']} does not exist: mend the profile or pass --without-real-text"
-            )
-        if stage.parameters["source"] == "libreoffice":
-            from influence_kit.corpora.debian import available
-
-            if problem := available():
-                raise UserError(
-                    f"real text cannot be fetched: {problem}; run on Debian or Ubuntu (or in a container of one), put the "
-                    "libreoffice-help-<language>_*.deb files into a folder and name it in a profile of your own "
-                    "(text: {source: debs, folder: …}), or pass --without-real-text"
-                )
-
-
-def device_is_there(todo: Sequence[Stage]) -> None:
-    """Before any work: raise UserError when stages want a GPU and there is none."""
-    wanted = {stage.parameters.get("device", "cpu") for stage in todo} - {"cpu"}
-    if not wanted:
-        return
-    import torch
-
-    if not torch.cuda.is_available():
-        raise UserError(
-            f"this profile computes on {', '.join(sorted(wanted))} and torch finds no GPU: use --profile laptop"
-        )
-
-
-CHECKS = (text_is_in_reach, device_is_there)
-READS: dict[str, Callable[[Profile], list[Trained]]] = {
-    "00_start_here": _start_here,
-    "01_worlds_and_models": _worlds_and_models,
-    "03_heavy_tails": _heavy_tails,
-    "05_cross_lingual": _cross_lingual,
-}
-CHAPTERS = list(READS)
-
-
-def stages_for(profile: Profile, chapter: str) -> list[Stage]:
-    """All stages a chapter reads, inputs before what is made of them, each once."""
-    unique = {stage.fingerprint: stage for trained in READS[chapter](profile) for stage in trained.stages}
-    return list(unique.values())
+def _size(world) -> tuple[int, int, int]:
+    if isinstance(world, ParallelText):
+        return world.pairs * len(world.languages), world.length, world.vocabulary
+    if isinstance(world, Atlas):  # reckoned here: an edit to atlas.py would train all its models again
+        words = world.relations * (world.values + 2 * world.templates) + world.filler_words
+        length = world.facts_per_document * (STATEMENT + 1) + 1
+        return world.documents, length, 2 * words + world.entities + world.noise_words
+    return world.documents, world.length, world.words

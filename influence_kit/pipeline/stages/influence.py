@@ -69,7 +69,13 @@ def scan_rows(world: World, limit: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def scored_queries(world: World) -> np.ndarray:
-    """Positions of the queries to score: Atlas's facts that exist in both languages; every query of other worlds."""
+    """Positions of the queries to score: those the world marks with `scored`, of Atlas facts in both languages and canaries.
+
+    Every query of a world that has neither.
+    """
+    if "scored" in world.queries.column_names:
+        return np.flatnonzero(world.queries["scored"].to_numpy(zero_copy_only=False))
     if world.name != "atlas":
         return np.arange(world.queries.num_rows)
-    return np.flatnonzero(world.queries["availability"].to_numpy(zero_copy_only=False) == "both")
+    kind, availability = (world.queries[name].to_numpy(zero_copy_only=False) for name in ("kind", "availability"))
+    return np.flatnonzero((kind == "canary") | (availability == "both"))
