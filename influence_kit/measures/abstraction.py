@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from influence_kit.corpora.ladder import TIERS, tiers
-from influence_kit.corpora.world import World
+from influence_kit.corpora.world import World, token_matrix
 from influence_kit.errors import UserError
+from influence_kit.measures.lexical import bm25, idf_overlap, token_counts
 from influence_kit.measures.lifts import lift, mass_share, precision_at
 
 if TYPE_CHECKING:
@@ -65,6 +66,41 @@ def abstraction(
     columns["concept_share"] = concept.mean(1)
     planted = {name: world.queries[name].to_numpy(zero_copy_only=False)[queries] for name in ("combination", "treated")}
     return pandas.DataFrame({**columns, "cell": cell, **planted})
+
+
+def partial_rank(values: np.ndarray, concept: np.ndarray, overlap: np.ndarray) -> np.ndarray:
+    """Rank correlation of each query's scores with `concept`, given `overlap`: [Q] in [-1, 1], all three [Q, N].
+
+    Partial Spearman correlation (r_vc - r_vo r_co) / sqrt((1 - r_vo^2)(1 - r_co^2)); nan where one of them does not vary.
+    """
+    from scipy.stats import rankdata
+
+    ranked = [rankdata(np.asarray(part, float), axis=1) for part in (values, concept, overlap)]
+    v, c, o = (part - part.mean(1, keepdims=True) for part in ranked)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        v, c, o = (part / np.sqrt((part**2).sum(1, keepdims=True)) for part in (v, c, o))
+        vc, vo, co = ((a * b).sum(1) for a, b in ((v, c), (v, o), (c, o)))
+        return (vc - vo * co) / np.sqrt((1 - vo**2) * (1 - co**2))
+
+
+def word_overlap(world: World, rows: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """BM25 of the sequences at `rows` for the queries at `queries`, their answers included: [Q, N]; the first token is left out."""
+    words = [token_counts(token_matrix(part)[:, 1:]) for part in (world.queries.take(queries), world.sequences.take(rows))]
+    return bm25(*words)
+
+
+def overlap_ranks(world: World, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Rank correlation of influence with word overlap (summed IDF of shared tokens) among the sequences in each query's
+    language, [Q]; real text, values [Q, N] for all queries of the world."""
+    from scipy.stats import spearmanr
+
+    spoken = world.sequences["language"].to_numpy(zero_copy_only=False)[rows]
+    asked = world.queries["language"].to_numpy(zero_copy_only=False)
+    shared = idf_overlap(
+        *(token_counts(token_matrix(part), token_matrix(part, "loss_mask")) for part in (world.queries, world.sequences.take(rows)))
+    )
+    alike = spoken[None] == asked[:, None]
+    return np.array([spearmanr(v[own], o[own]).statistic for v, o, own in zip(values, shared, alike, strict=True)])
 
 
 def half_nat(answers: pandas.DataFrame, fractions=None, nats: float = 0.5) -> float:

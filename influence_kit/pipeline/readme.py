@@ -39,8 +39,10 @@ def times(folder: Path) -> str:
     for entry in known.values():
         kinds[entry["kind"]].append(entry)
     rows = ["| stage | how many | seconds, summed over processes | largest memory |", "| --- | --- | --- | --- |"]
-    for kind, what in WHAT.items():
-        if found := kinds.get(kind):
+    others = [entry for kind in kinds.keys() - WHAT.keys() for entry in kinds[kind]]
+    listed = [(what, kinds.get(kind, [])) for kind, what in WHAT.items()]
+    for what, found in [*listed[:-1], ("what else chapters need", others), listed[-1]]:
+        if found:
             seconds = sum(entry["wall_seconds"] for entry in found)
             memory = max(entry["peak_memory_bytes"] for entry in found) / 1e9
             rows.append(f"| {what} | {len(found)} | {seconds:,.0f} | {memory:.1f} GB |")

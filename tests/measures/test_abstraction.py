@@ -2,11 +2,22 @@
 
 import numpy as np
 import pandas
+import pyarrow as pa
 import pytest
+from scipy.stats import spearmanr
 
 from influence_kit.corpora.ladder import Ladder, build, tiers
+from influence_kit.corpora.world import World, token_columns
 from influence_kit.errors import UserError
-from influence_kit.measures.abstraction import abstraction, half_nat, removal, top_decline
+from influence_kit.measures.abstraction import (
+    abstraction,
+    half_nat,
+    overlap_ranks,
+    partial_rank,
+    removal,
+    top_decline,
+    word_overlap,
+)
 from influence_kit.measures.intervals import bootstrap, ratio_of_means
 
 SMALL = {"agent_classes": 4, "event_classes": 4, "response_classes": 4, "class_words": 8, "flavours": 2}
@@ -106,3 +117,37 @@ def test_removal_averages_within_combinations():
         removal(base, less[less["query"] > 0])
     with pytest.raises(UserError, match="not the same"):
         removal(base, less.assign(treated=False))
+
+
+def test_partial_rank_is_the_textbook_formula_and_leaves_out_what_overlap_explains():
+    rng = np.random.default_rng(4)
+    overlap = rng.normal(size=(3, 4000))
+    concept = overlap + rng.normal(size=overlap.shape)
+    explained, own = overlap + 0.1 * rng.normal(size=overlap.shape), concept + 0.1 * rng.normal(size=overlap.shape)
+    assert np.abs(partial_rank(explained, concept, overlap)).max() < 0.1
+    assert partial_rank(own, concept, overlap).min() > 0.9
+    r = [spearmanr(a[0], b[0]).statistic for a, b in ((own, concept), (own, overlap), (concept, overlap))]
+    by_hand = (r[0] - r[1] * r[2]) / np.sqrt((1 - r[1] ** 2) * (1 - r[2] ** 2))
+    assert partial_rank(own, concept, overlap)[0] == pytest.approx(by_hand, rel=1e-9)
+    assert np.isnan(partial_rank(own, np.ones_like(own), overlap)).all()
+
+
+def test_word_overlap_sees_the_response_word_and_not_the_rule(scan):
+    world, rows, queries, members = scan
+    values = word_overlap(world, rows, queries)
+    assert values.shape == (len(queries), len(rows))
+    sharing = [values[members[tier]].mean() for tier in ("T2", "T0r", "T3", "T5")]
+    assert sharing[0] == pytest.approx(sharing[1], rel=0.05) and sharing[1] > 2 * max(sharing[2:])
+
+
+def test_overlap_ranks_read_each_querys_own_language():
+    told = np.array([[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 9, 9], [0, 8, 8, 9, 9, 9], [0, 1, 2, 3, 4, 5]])
+    asked = told[:1]
+
+    def table(tokens, languages):
+        return pa.table({**token_columns(tokens, np.ones(tokens.shape, bool)), "language": languages})
+
+    world = World("text", table(told, ["en", "en", "en", "de"]), table(asked, ["en"]), table(asked, ["en"]), (), "", {})
+    values = np.array([[3.0, 2.0, 1.0, -9.0]])
+    assert overlap_ranks(world, values, np.arange(4)) == pytest.approx([1.0])
+    assert overlap_ranks(world, -values, np.arange(4)) == pytest.approx([-1.0])
