@@ -28,7 +28,9 @@ def sources(world: World, values: np.ndarray, rows: np.ndarray, queries: np.ndar
     copies = world.sequences["canary"].to_numpy()[rows][None] == asked["canary"].to_numpy()[:, None]
     repetitions = asked["repetitions"].to_numpy()
     if not np.array_equal(copies.sum(1), repetitions):
-        raise ValueError(f"copies in the scan {copies.sum(1).tolist()} are not those in the corpus {repetitions.tolist()}")
+        raise ValueError(
+            f"copies in the scan {copies.sum(1).tolist()} are not those in the corpus {repetitions.tolist()}"
+        )
     words = [part[:, 1:].tolist() for part in (token_matrix(asked), token_matrix(world.sequences.take(rows)))]
     share = mass_share(values, copies, fraction=None)
     found = {
@@ -75,14 +77,21 @@ def recitals(world: World, values: np.ndarray, rows: np.ndarray, read: pandas.Da
     asked = read[read["asked"] >= 0].sort_values("asked")
     tables = (world.sequences, world.held_out)
     ids, masks = (
-        np.stack([token_matrix(tables[0 if trained else 1], column)[at] for trained, at in zip(asked["trained"], asked["position"], strict=True)])
+        np.stack(
+            [
+                token_matrix(tables[0 if trained else 1], column)[at]
+                for trained, at in zip(asked["trained"], asked["position"], strict=True)
+            ]
+        )
         for column in ("input_ids", "loss_mask")
     )
     scanned = world.sequences.take(rows)
     texts, kept = token_matrix(scanned), token_matrix(scanned, "loss_mask")
     same = (ids[:, None] == texts[None]).all(2)
     halves = [row[mask][-count:] for row, mask, count in zip(ids, masks, asked["targets"], strict=True)]
-    lexical = bm25([half.tolist() for half in halves], [row[1:][mask[1:]].tolist() for row, mask in zip(texts, kept, strict=True)])
+    lexical = bm25(
+        [half.tolist() for half in halves], [row[1:][mask[1:]].tolist() for row, mask in zip(texts, kept, strict=True)]
+    )
     found = {
         "trained": asked["trained"].to_numpy(),
         "loss": (-asked["log_p"] / asked["targets"]).to_numpy(),

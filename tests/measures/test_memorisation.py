@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from influence_kit.corpora.atlas import Atlas, build
-from influence_kit.measures.memorisation import largest_share, sources
+from influence_kit.errors import UserError
+from influence_kit.measures.memorisation import largest_share, others, sources
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,10 @@ def test_scores_that_know_the_copies_find_them_and_others_do_not(world, scan):
 
 def test_plain_word_overlap_finds_every_copy_whatever_the_scores(world, scan):
     rows, queries, copies = scan
-    assert sources(world, np.random.default_rng(0).normal(size=copies.shape), rows, queries)["lexical_hit"].tolist() == [1] * 4
+    assert (
+        sources(world, np.random.default_rng(0).normal(size=copies.shape), rows, queries)["lexical_hit"].tolist()
+        == [1] * 4
+    )
 
 
 def test_a_scan_without_some_copies_is_refused(world, scan):
@@ -46,3 +50,14 @@ def test_a_scan_without_some_copies_is_refused(world, scan):
 
 def test_share_of_the_strongest_counts_positive_influence_alone():
     np.testing.assert_allclose(largest_share(np.array([[3.0, 1.0, -9.0], [1.0, 1.0, 2.0]])), [0.75, 0.5])
+
+
+def test_the_control_reads_copies_of_another_canary_planted_as_often(world, scan):
+    rows, queries, copies = scan
+    assert others(world, copies + 0.001, rows, queries)["hit"].tolist() == [0] * 4
+    swapped = copies[[1, 0, 3, 2]]  # two canaries for each number of repetitions
+    found = others(world, swapped + 0.001, rows, queries)
+    assert found["repetitions"].tolist() == [1, 1, 4, 4] and found["hit"].tolist() == [1] * 4
+    np.testing.assert_allclose(found["share"], sources(world, copies + 0.001, rows, queries)["share"])
+    with pytest.raises(UserError, match="planted 1 times"):
+        others(world, copies[:1].astype(float), rows, queries[:1])
