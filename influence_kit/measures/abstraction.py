@@ -18,7 +18,7 @@ import numpy as np
 from influence_kit.corpora.ladder import TIERS, tiers
 from influence_kit.corpora.world import World, token_matrix
 from influence_kit.errors import UserError
-from influence_kit.measures.lexical import bm25, idf_overlap, token_counts
+from influence_kit.measures.lexical import idf_overlap, token_counts
 from influence_kit.measures.lifts import lift, mass_share, precision_at
 
 if TYPE_CHECKING:
@@ -81,12 +81,6 @@ def partial_rank(values: np.ndarray, concept: np.ndarray, overlap: np.ndarray) -
         v, c, o = (part / np.sqrt((part**2).sum(1, keepdims=True)) for part in (v, c, o))
         vc, vo, co = ((a * b).sum(1) for a, b in ((v, c), (v, o), (c, o)))
         return (vc - vo * co) / np.sqrt((1 - vo**2) * (1 - co**2))
-
-
-def word_overlap(world: World, rows: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """BM25 of the sequences at `rows` for the queries at `queries`, their answers included: [Q, N]; the first token is left out."""
-    words = [token_counts(token_matrix(part)[:, 1:]) for part in (world.queries.take(queries), world.sequences.take(rows))]
-    return bm25(*words)
 
 
 def overlap_ranks(world: World, values: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -16,7 +16,6 @@ from influence_kit.measures.abstraction import (
     partial_rank,
     removal,
     top_decline,
-    word_overlap,
 )
 from influence_kit.measures.intervals import bootstrap, ratio_of_means
 
@@ -130,14 +129,6 @@ def test_partial_rank_is_the_textbook_formula_and_leaves_out_what_overlap_explai
     by_hand = (r[0] - r[1] * r[2]) / np.sqrt((1 - r[1] ** 2) * (1 - r[2] ** 2))
     assert partial_rank(own, concept, overlap)[0] == pytest.approx(by_hand, rel=1e-9)
     assert np.isnan(partial_rank(own, np.ones_like(own), overlap)).all()
-
-
-def test_word_overlap_sees_the_response_word_and_not_the_rule(scan):
-    world, rows, queries, members = scan
-    values = word_overlap(world, rows, queries)
-    assert values.shape == (len(queries), len(rows))
-    sharing = [values[members[tier]].mean() for tier in ("T2", "T0r", "T3", "T5")]
-    assert sharing[0] == pytest.approx(sharing[1], rel=0.05) and sharing[1] > 2 * max(sharing[2:])
 
 
 def test_overlap_ranks_read_each_querys_own_language():

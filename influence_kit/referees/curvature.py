@@ -1,0 +1,220 @@
+"""The Gauss-Newton matrix itself, by matrix-vector products, and the exact damped inverse of it by conjugate gradients.
+
+    G v = mean over sequences of sum_t J_t^T (diag p_t - p_t p_t^T) J_t v         (the paper's Eq 9; one matrix over all
+                                                                                 tracked layers, nothing factored)
+
+J_t is the Jacobian of the logits at t. J v comes from forward-mode differentiation, J^T from the engine's own backward pass.
+Vectors over the tracked weights are flat, [Q, D]: a row a query, each layer's [P, M'] after the other.
+
+Cost of G v, one sequence and one row of v, where forward and backward pass together are 1: PRODUCT = 4/3 (forward 1/3, its
+tangents 1/3, backward 2/3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from influence_kit.factors import Factors, rotate_columns, rotate_rows
+from influence_kit.gradients import (
+    Batch,
+    Recorder,
+    TokenGradients,
+    batch_rows,
+    count,
+    device_of,
+    forward,
+    frozen,
+    read_batch,
+    sequence_gradients,
+)
+from influence_kit.labels import sample_labels, uniforms
+
+PRODUCT = 4 / 3
+WINDOW = 10  # iterations over which an energy that stands still has arrived
+AT_ONCE = 256  # rows of v times sequences in one pass
+
+
+class GaussNewton:
+    """G and G + lambda over the layers of `factors`, each damped by the share `damping` of its mean eigenvalue, as EK-FAC does.
+
+    sequences: `input_ids` int64 [N, T], optional `loss_mask` bool [N, T], tensors. damping_of [D]: lambda of every weight.
+    """
+
+    def __init__(self, model: nn.Module, factors: Factors, sequences: Mapping[str, Tensor], damping: float = 0.1) -> None:
+        self.model, self.sequences, self.damping = model, sequences, damping
+        self.factors = factors.beside(model)
+        modules = dict(model.named_modules())
+        self.layers = {name: modules[name] for name in self.factors.layers}
+        self.shapes = {name: tuple(each.eigenvalues.shape) for name, each in self.factors.layers.items()}
+        parts = [torch.full_like(each.eigenvalues, float(damping * each.eigenvalues.mean())).flatten() for each in self.factors.layers.values()]
+        self.damping_of = torch.cat(parts)
+
+    def split(self, vectors: Tensor) -> dict[str, Tensor]:
+        """Each layer's part [..., P, M'] of flat vectors [..., D]."""
+        parts = vectors.split([p * m for p, m in self.shapes.values()], -1)
+        return {name: part.unflatten(-1, shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+
+    def gradients(self, sequences: Mapping[str, Tensor], batch_size: int = 32) -> Tensor:
+        """Gradient of each sequence's summed loss, [N, D]."""
+        with frozen(self.model), Recorder(self.layers) as recorder:
+            found = []
+            for rows in batch_rows(count(sequences), batch_size):
+                batch = read_batch(sequences, rows, device_of(self.model))
+                each = sequence_gradients(self.model, recorder, batch)[0]
+                found.append(torch.cat([_outer(layer).flatten(1) for layer in each.values()], 1))
+        return torch.cat(found)
+
+    def scores(self, directions: Tensor, sequences: Mapping[str, Tensor], batch_size: int = 32) -> Tensor:
+        """Inner products [Q, N] of directions [Q, D] with the sequences' gradients: influence, in nats at epsilon = 1, where
+        they are (G + lambda)^-1 of query gradients."""
+        parts = []
+        for rows in batch_rows(count(sequences), batch_size):
+            some = {name: tensor[rows] for name, tensor in sequences.items()}
+            parts.append(directions @ self.gradients(some, batch_size).T)
+        return torch.cat(parts, 1)
+
+    def product(self, vectors: Tensor, rows: Sequence[int] | Tensor | None = None) -> Tensor:
+        """(G + lambda) v [Q, D] for v [Q, D], with G the mean over the sequences at `rows` (all by default)."""
+        chosen = torch.arange(count(self.sequences)) if rows is None else torch.as_tensor(rows)
+        total, step = torch.zeros_like(vectors), max(AT_ONCE // len(vectors), 1)
+        with frozen(self.model), Recorder(self.layers) as recorder:
+            for part in chosen.split(step):
+                some = {name: tensor[part] for name, tensor in self.sequences.items()}
+                batch = read_batch(some, slice(0, len(part)), device_of(self.model))
+                total += self._summed(recorder, vectors, batch)
+        return total / len(chosen) + self.damping_of * vectors
+
+    def _summed(self, recorder: Recorder, vectors: Tensor, batch: Batch) -> Tensor:
+        """Sum over a batch's sequences of J^T H J v, [Q, D]: row q of v meets copy q of the batch."""
+        number, end = len(vectors), batch.length
+        tokens = batch.tokens[:, :end].repeat(number, 1)
+        wanted = batch.loss_mask[:, 1 : end + 1].repeat(number, 1)
+        # Registered after the recorder's hooks: these begin the graph by a detached output, which drops tangents.
+        handles = [self.layers[name].register_forward_hook(_tangent(v)) for name, v in self.split(vectors).items()]
+        try:
+            # Of the attention kernels only the plain one has forward-mode derivatives.
+            with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+                logits, moved = forward_ad.unpack_dual(forward(self.model, tokens))
+                p, moved = logits.detach().softmax(-1), moved.detach()
+                pulled = p * (moved - (p * moved).sum(-1, keepdim=True)) * wanted[..., None]
+            # Outside the dual level: some backward passes have no forward-mode derivatives, and none are wanted.
+            found = recorder.gradients((logits * pulled).sum())
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.cat([_outer(each, number).flatten(1) for each in found.values()], 1).to(vectors)
+
+    def precondition(self, vectors: Tensor) -> Tensor:
+        """EK-FAC's (G + lambda)^-1 v, [Q, D]."""
+        solved = []
+        for name, v in self.split(vectors).items():
+            layer = self.factors.layers[name]
+            turned = v if layer.outputs is None else rotate_rows(v, layer.outputs)
+            turned = turned if layer.inputs is None else rotate_columns(turned, layer.inputs)
+            turned = turned / layer.damped(self.damping)
+            turned = turned if layer.inputs is None else rotate_columns(turned, layer.inputs, back=True)
+            turned = turned if layer.outputs is None else rotate_rows(turned, layer.outputs, back=True)
+            solved.append(turned.flatten(1))
+        return torch.cat(solved, 1)
+
+    def quality(self, solution: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """(residual, energy) [Q] of x for (G + lambda) x = v, over all sequences.
+
+        residual: |v - (G + lambda) x| / |v|. energy: (v x)^2 / x (G + lambda) x, which no scale of x changes and which the exact
+        solution x* makes largest, v x*: the root of energy / v x* is the cosine between x and x* in the norm of G + lambda.
+        Of two solutions the one with more energy is nearer, and x* need not be known to say so.
+        """
+        moved = self.product(solution)
+        residual = (vectors - moved).norm(dim=1) / vectors.norm(dim=1)
+        return residual, (vectors * solution).sum(1) ** 2 / (solution * moved).sum(1)
+
+
+def sampled_inverse(curvature: GaussNewton, draws: int = 4, seed: int = 0, batch_size: int = 32) -> Callable[[Tensor], Tensor]:
+    """v -> (F + lambda)^-1 v, [Q, D], where F is the Fisher matrix of the same sequences under `draws` sets of labels drawn from
+    the model: near G + lambda, and solved at once, since F has no more than n = N draws directions (Woodbury's identity).
+
+    Takes n D numbers, n^2 D + n^3 multiplications once and 2 n D a row of v.
+    """
+    model, total = curvature.model, count(curvature.sequences)
+    parts = []
+    with frozen(model), Recorder(curvature.layers) as recorder:
+        for draw in range(draws):
+            for rows in batch_rows(total, batch_size):
+                batch = read_batch(curvature.sequences, rows, device_of(model))
+                chance = uniforms(seed * draws + draw, rows, batch.tokens.shape[1])[:, 1 : batch.length + 1]
+                found = sequence_gradients(model, recorder, batch, partial(sample_labels, draws=chance))[0]
+                parts.append(torch.cat([_outer(each).flatten(1) for each in found.values()], 1))
+    root = curvature.damping_of.sqrt()
+    E = torch.cat(parts).div_(root).div_((draws * total) ** 0.5)
+    inner = torch.linalg.cholesky((E @ E.T).double() + torch.eye(len(E), dtype=torch.float64, device=E.device))
+
+    def solved(vectors: Tensor) -> Tensor:
+        scaled = vectors / root
+        weights = torch.cholesky_solve((E @ scaled.T).double(), inner).to(E)
+        return (scaled - weights.T @ E) / root
+
+    return solved
+
+
+def solve(
+    curvature: GaussNewton,
+    vectors: Tensor,
+    tolerance: float = 0.01,
+    most: int = 200,
+    precondition: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor, int]:
+    """(x, growth [Q], iterations): (G + lambda) x = v for v [Q, D], by preconditioned conjugate gradients (EK-FAC's inverse
+    by default).
+
+    The energy v x rises at every iteration, to v x* in the end. It stops when the energy of every query has grown by no more
+    than the share `tolerance` over the last WINDOW iterations, or after `most` (growth says by how much). Each iteration is
+    one product over all sequences and rows.
+    """
+    precondition = precondition or curvature.precondition
+    x, r = torch.zeros_like(vectors), vectors.clone()
+    z = precondition(r)
+    direction, rz, done = z.clone(), (r * z).sum(1), 0
+    energies = [torch.zeros_like(rz)]
+    growth = torch.ones_like(rz)
+    while done < most and bool((growth > tolerance).any()):
+        moved = curvature.product(direction)
+        step = rz / (direction * moved).sum(1)
+        x, r = x + step[:, None] * direction, r - step[:, None] * moved
+        z = precondition(r)
+        new = (r * z).sum(1)
+        direction, rz, done = z + (new / rz)[:, None] * direction, new, done + 1
+        energies.append((vectors * x).sum(1))
+        growth = 1 - energies[max(0, done - WINDOW)] / energies[-1]
+    return x, growth, done
+
+
+def _outer(found: TokenGradients, number: int | None = None) -> Tensor:
+    """sum_t g a^T: of each sequence [B, P, M'], or summed over the sequences of each of `number` copies [number, P, M']."""
+    a, g, bias = found
+    a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2) if bias else a
+    if number is not None:
+        a, g = (x.reshape(number, -1, x.shape[2]) for x in (a, g))
+    return g.mT @ a
+
+
+def _tangent(vectors: Tensor) -> Callable:
+    """A forward hook that adds dW a to the tangent of a layer's output; dW [Q, P, M'], Q copies of a batch in a row."""
+
+    def hook(module, arguments, output):
+        a = forward_ad.unpack_dual(arguments[0]).primal.detach()
+        copies = a.unflatten(0, (len(vectors), -1)).flatten(1, 2)
+        moved = copies @ vectors[..., : a.shape[2]].mT
+        if module.bias is not None:
+            moved = moved + vectors[:, None, :, -1]
+        moved = moved.reshape(output.shape).to(output.dtype)
+        return output + forward_ad.make_dual(torch.zeros_like(moved), moved)
+
+    return hook
+
+
