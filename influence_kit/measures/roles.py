@@ -6,9 +6,9 @@ have the question and the action already; `description` adds nothing, its two ti
 little: documents that share an action word only reach high ones too. What the added word does by being the same word is to be
 read off a world in which it means nothing: the persona in the planning world, goal and question in the two others.
 
-Ratios are pooled on the log scale: a tier that is ten times as common and one that is a tenth as common average to 1. So that
-a ratio has a value where a tier never comes up, half a document is added to each seed's top, spread over both tiers in
-proportion to their sizes: with nothing of either tier in the top the ratio is 1.
+A ratio adds chance, a lift of 1, to both lifts: it has a value where a tier never comes up, and is 1 where neither is common in
+the top, whatever the ratio of two small numbers. Ratios are averaged over seeds on the log scale: one tier ten times as common
+and one a tenth as common average to 1.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 from influence_kit.errors import UserError
 from influence_kit.measures.intervals import Estimate, bootstrap, difference
-from influence_kit.measures.lifts import auc, lift, top_count
+from influence_kit.measures.lifts import auc, lift
 
 if TYPE_CHECKING:
     import pandas
@@ -35,7 +35,8 @@ EFFECTS = {
     "persona_mention": ("neutral_persona_action", "neutral_action"),
     "planner_mention": ("neutral_pair_action", "neutral_action"),
 }
-LIFTS = ["first", "second", "half"]  # of an effect's two tiers, and that of half a document of either
+LIFTS = ["first", "second"]  # those of an effect's two tiers
+CHANCE = 1.0  # a lift
 
 
 def tier_lifts(scores, tiers: Mapping[str, np.ndarray], top: float = 0.01, two_sided: bool = False) -> pandas.DataFrame:
@@ -58,9 +59,8 @@ def contrasts(scores, tiers: Mapping[str, np.ndarray], top: float = 0.01, two_si
     """What each of EFFECTS compares: a row for each query and effect, in the order of EFFECTS.
 
     Columns: query (row of `scores`), effect, first and second (lifts of its two tiers in the top share; nan where either is
-    empty), half (the lift that half a document in the top gives both tiers together), preference (how often a sequence of
-    the first tier outranks one of the second, .5 by chance: it reads whole rankings, so it has a value where other documents
-    crowd both tiers out of the top).
+    empty), preference (how often a sequence of the first tier outranks one of the second, .5 by chance: it reads whole
+    rankings, so it says something where other documents crowd both tiers out of the top).
 
     Args and errors as in `tier_lifts`; UserError too where a tier that an effect needs is missing.
     """
@@ -69,28 +69,21 @@ def contrasts(scores, tiers: Mapping[str, np.ndarray], top: float = 0.01, two_si
     if missing := sorted({tier for pair in EFFECTS.values() for tier in pair} - set(tiers)):
         raise UserError(f"There is no tier {', '.join(missing)}; take the tiers of a Cast world.")
     scores = np.asarray(scores)
-    queries, size = scores.shape
     found = []
     for name, pair in EFFECTS.items():
         one, other = (np.broadcast_to(tiers[tier], scores.shape) for tier in pair)
         lacking = ~(one.any(1) & other.any(1))
-        first, second = (lift(scores, member, top, two_sided) for member in (one, other))
-        share = (one | other).mean(1)
-        half = np.divide(0.5 / top_count(size, top), share, out=np.full(queries, np.nan), where=share > 0)
-        columns = {"first": first, "second": second, "half": half, "preference": _preference(scores, one, other)}
+        columns = {"first": lift(scores, one, top, two_sided), "second": lift(scores, other, top, two_sided)}
+        columns["preference"] = np.array(_preference(scores, one, other))
         columns = {column: np.where(lacking, np.nan, values) for column, values in columns.items()}
-        found.append(pandas.DataFrame({"query": np.arange(queries), "effect": name, **columns}))
+        found.append(pandas.DataFrame({"query": np.arange(len(scores)), "effect": name, **columns}))
     return pandas.concat(found, ignore_index=True)
 
 
 def log_ratio(values: np.ndarray, axis: int = 0) -> np.ndarray:
-    """log2 of mean first over mean second lift: `[..., units, 3]` of LIFTS, with `axis` the units' axis.
-
-    Both means get what half a document in one of these queries' tops adds to them.
-    """
-    first, second, half = np.moveaxis(np.mean(values, axis=axis), -1, 0)
-    half = half / values.shape[axis]
-    return np.log2((first + half) / (second + half))
+    """log2 of the mean first lift over the mean second one, chance added to both: `[..., units, 2]`, `axis` the units'."""
+    first, second = np.moveaxis(np.mean(values, axis=axis), -1, 0)
+    return np.log2((first + CHANCE) / (second + CHANCE))
 
 
 def effect(rows: pandas.DataFrame, **options) -> Estimate:
@@ -178,3 +171,23 @@ def difference_in_differences(rows: pandas.DataFrame, column: str = "change", **
     """
     gone, kept = rows[rows["treated"]], rows[~rows["treated"]]
     return difference(gone[column], gone["seed"], kept[column], kept["seed"], **options)
+
+
+def difference_of_removals(rows: pandas.DataFrame, others: pandas.DataFrame, **options) -> Estimate:
+    """Difference in differences of one removal less that of another, within each seed: nats, with its interval.
+
+    Both as in `difference_in_differences`, of the same seeds; UserError where only one of them has a seed.
+    """
+    columns = ["change", "treated"]
+    return difference(rows[columns], rows["seed"], others[columns], others["seed"], _gap, **options)
+
+
+def _gap(values: np.ndarray, axis: int = 0) -> np.ndarray:
+    """Mean change of treated units less that of the others: `[..., units, 2]` of change and treated, `axis` the units'.
+
+    nan where a resample has only one of the two.
+    """
+    change, treated = values[..., 0], values[..., 1]
+    with np.errstate(invalid="ignore"):
+        gone, kept = ((change * side).sum(axis) / side.sum(axis) for side in (treated, 1 - treated))
+    return gone - kept

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from influence_kit.corpora.atlas import Atlas
+from influence_kit.corpora.cast import Cast
+from influence_kit.corpora.deep import Deep
+from influence_kit.corpora.dialogue import Dialogue
+from influence_kit.corpora.ladder import Ladder
 from influence_kit.corpora.parallel import ParallelText
+from influence_kit.corpora.procedures import Procedures
+from influence_kit.corpora.wesnoth import SOURCES as SPOKEN
 from influence_kit.errors import UserError
 from influence_kit.models import ARCHITECTURES, Recipe
+from influence_kit.pipeline import stages
+from influence_kit.pipeline.stages import tuples
 
 FOLDER = Path(__file__).parent / "profiles"
+# The worlds with planted truth, by the name of their section in a profile, which is also that of their stage.
+PLANTED: dict[str, type] = {"atlas": Atlas, "ladder": Ladder, "cast": Cast, "deep": Deep, "procedures": Procedures}
 
 
 class _Strict(BaseModel):
@@ -50,7 +61,7 @@ class Scan(_Strict):
 
     fit: int = Field(3000, ge=1)
     sequences: int = Field(12_000, ge=1)
-    path: int = Field(6_000, ge=1)  # sequences scanned at checkpoints before the end
+    path: int = Field(6_000, ge=1)  # sequences scanned before the end of training, and in arms but `shuffled`
     fractions: tuple[float, ...] = ()  # of training, beside 0 (untrained) and 1 (the end)
     damping: float = Field(0.1, ge=0)
     layers: str = "mlp"
@@ -63,37 +74,74 @@ class Arm(_Strict):
     widths: tuple[int, ...] | None = None
 
 
-class AtlasGrid(_Strict):
-    """The Atlas world, its family, its scan and its arms ("base" is the world as it stands)."""
+class _Grid(_Strict):
+    """A world's parameters, its family, its scan, and what else is made of a scan: stages by kind, with their parameters."""
 
     world: dict[str, Any] = {}
     family: Family
     scan: Scan = Scan()
+    extra: dict[str, dict[str, Any]] = {}
+
+    @field_validator("extra")
+    @classmethod
+    def _made_by_stages(cls, extra: dict[str, dict[str, Any]]):
+        for kind in extra:
+            if not kind.isidentifier() or find_spec(f"{stages.__name__}.{kind}") is None:
+                raise ValueError(f"extra: there is no stage {kind!r} in {stages.__name__}")
+        return extra
+
+
+class PlantedGrid(_Grid):
+    """A world with planted truth and its arms ("base" is the world as it stands)."""
+
     arms: dict[str, Arm] = {}
 
     @model_validator(mode="after")
     def _known(self):
         if any(size.pretrained for size in self.family.sizes):
-            raise ValueError("Atlas has words of its own: pretrained models read real text only")
-        for changes in ({}, *(arm.world for arm in self.arms.values())):
-            _check(Atlas, {**self.world, **changes}, "world", never=("seed",))
+            raise ValueError("a planted world has words of its own: pretrained models read real text only")
+        widths = {size.width for size in self.family.sizes}
+        for name, arm in self.arms.items():
+            if name == "base":
+                raise ValueError("arms: 'base' is the world as it stands; give the arm another name")
+            if unknown := set(arm.widths or ()) - widths:
+                raise ValueError(f"arms: {name} asks for widths {sorted(unknown)}, the family has {sorted(widths)}")
         return self
 
+    def of_arm(self, arm: str, seed: int) -> dict[str, Any]:
+        """The world's parameters in an arm, as its dataclass takes them."""
+        changes = self.arms[arm].world if arm != "base" else {}
+        return tuples({**self.world, **changes, "seed": seed})
 
-class TextGrid(_Strict):
-    """Real text: where it comes from, the world made of it, its family and scan."""
+
+class TextGrid(_Grid):
+    """Real text, and where it comes from."""
 
     source: str = "libreoffice"
     folder: str = ""
-    world: dict[str, Any] = {}
-    family: Family
-    scan: Scan = Scan()
 
     @model_validator(mode="after")
     def _known(self):
         _check(ParallelText, self.world, "world", never=("seed",))
         if self.scan.fractions and any(size.pretrained for size in self.family.sizes):
             raise ValueError("pretrained models have no checkpoints along training: scan.fractions must be empty")
+        return self
+
+
+class DialogueGrid(PlantedGrid):
+    """Spoken lines, where they come from, and arms."""
+
+    source: str = "wesnoth"
+    folder: str = ""
+
+    @model_validator(mode="after")
+    def _lines(self):
+        if self.source not in SPOKEN:
+            raise ValueError(f"source {self.source!r} is not one of {', '.join(SPOKEN)}")
+        if (self.source == "debs") != bool(self.folder):
+            raise ValueError("a folder goes with the source 'debs', and 'debs' needs one")
+        for changes in ({}, *(arm.world for arm in self.arms.values())):
+            _check(Dialogue, {**self.world, **changes}, "world", never=("seed",))
         return self
 
 
@@ -106,8 +154,21 @@ class Profile(_Strict):
     minutes: float
     memory_gb: float
     device: str = "cpu"
-    atlas: AtlasGrid
+    atlas: PlantedGrid
+    ladder: PlantedGrid | None = None
+    cast: PlantedGrid | None = None
+    deep: PlantedGrid | None = None
+    procedures: PlantedGrid | None = None
     text: TextGrid | None = None
+    dialogue: DialogueGrid | None = None
+
+    @field_validator(*PLANTED)
+    @classmethod
+    def _of_its_world(cls, grid: PlantedGrid | None, about: ValidationInfo) -> PlantedGrid | None:
+        if grid is not None:
+            for changes in ({}, *(arm.world for arm in grid.arms.values())):
+                _check(PLANTED[str(about.field_name)], {**grid.world, **changes}, "world", never=("seed",))
+        return grid
 
 
 def _check(cls: type, values: dict[str, Any], what: str, never: tuple[str, ...]) -> None:
@@ -116,7 +177,7 @@ def _check(cls: type, values: dict[str, Any], what: str, never: tuple[str, ...])
         if name not in known:
             raise ValueError(f"{what}: unknown parameter {name!r}; known are {', '.join(sorted(known))}")
     try:
-        cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        cls(**tuples(values))
     except (TypeError, UserError) as error:
         raise ValueError(str(error)) from error
 
@@ -150,4 +211,4 @@ def load_profile(name: str, seeds: tuple[int, ...] | list[int] | None = None, re
                 f"seeds={list(seeds)} must be different whole numbers, 0 or more: for example --seeds 11,12,13"
             )
         profile = profile.model_copy(update={"seeds": tuple(seeds)})
-    return profile if real_text else profile.model_copy(update={"text": None})
+    return profile if real_text else profile.model_copy(update={"text": None, "dialogue": None})

@@ -11,6 +11,7 @@ from influence_kit.measures.roles import (
     changes,
     contrasts,
     difference_in_differences,
+    difference_of_removals,
     effect,
     predicted_removal,
     quotient_of_effects,
@@ -23,29 +24,28 @@ def cast_tiers():
     return tiers(build(Cast(answer_from="planning", documents=12_000, queries=80, scored=80, personas=24)))
 
 
-def made_up(first, second, half=0.0, seed=11):
-    return pd.DataFrame({"first": first, "second": second, "half": half, "seed": seed})
+def made_up(first, second, seed=11):
+    return pd.DataFrame({"first": first, "second": second, "seed": seed})
 
 
 def of(rows, name, seed=11):
     return rows[rows["effect"] == name].assign(seed=seed)
 
 
-def test_an_effect_is_a_ratio_of_means_and_queries_without_a_tier_are_left_out():
-    found = effect(made_up([6.0, 2.0, np.nan], [3.0, 1.0, 9.0]))
-    assert found.value == pytest.approx(8 / 4) and found.n == 2
+def test_an_effect_is_a_ratio_of_means_with_chance_and_queries_without_a_tier_are_left_out():
+    found = effect(made_up([6.0, 4.0, np.nan], [3.0, 1.0, 9.0]))
+    assert found.value == pytest.approx((5 + 1) / (2 + 1)) and found.n == 2
 
 
 def test_seeds_are_averaged_on_the_log_scale():
-    rows = pd.concat([made_up([8.0, 8.0], [1.0, 1.0]), made_up([2.0, 2.0], [4.0, 4.0], seed=12)])
+    rows = pd.concat([made_up([15.0, 15.0], [1.0, 1.0]), made_up([1.0, 1.0], [3.0, 3.0], seed=12)])
     found = effect(rows)
-    assert found.value == pytest.approx(2) and found.seeds == (11, 12) and found.low < 1 < 8 < found.high
+    assert found.value == pytest.approx(2) and found.seeds == (11, 12) and found.low < 1 / 2 < 8 < found.high
 
 
-def test_half_a_document_gives_every_ratio_a_value_and_none_an_effect_that_is_not_there():
-    assert effect(made_up([0.0, 0.0], [0.0, 0.0], 5.0)).value == 1
-    # Half a document in the top of one of two queries adds 4 / 2 to either mean.
-    assert effect(made_up([6.0, 6.0], [0.0, 0.0], 4.0)).value == pytest.approx((6 + 2) / 2)
+def test_chance_gives_every_ratio_a_value_and_none_an_effect_that_is_not_there():
+    assert effect(made_up([0.0, 0.0], [0.0, 0.0])).value == 1
+    assert effect(made_up([0.2, 0.0], [0.0, 0.0])).value == pytest.approx(1.1)
     nothing = effect(made_up([np.nan], [1.0]))
     assert np.isnan(nothing.value) and nothing.n == 0
 
@@ -72,9 +72,6 @@ def test_contrasts_are_the_lifts_of_their_tiers(cast_tiers):
         both = cast_tiers[first].any(1) & cast_tiers[second].any(1)
         np.testing.assert_array_equal(of(rows, name)["first"], lifts[first].where(both))
         np.testing.assert_array_equal(of(rows, name)["second"], lifts[second].where(both))
-    # Half a document of 240 in the top, over the share that both tiers have of all.
-    share = (cast_tiers["demo_persona_action"] | cast_tiers["demo_action"]).mean(1)
-    np.testing.assert_allclose(of(rows, "persona")["half"], 0.5 / 240 / share)
 
 
 def test_lifts_are_one_a_query_and_two_sided_reads_both_ends(cast_tiers):
@@ -113,6 +110,20 @@ def test_difference_in_differences_by_hand_with_queries_of_one_unit_counted_once
     assert rows["change"].tolist() == [-2, -6, 0, 2] and rows["treated"].tolist() == [True, True, False, False]
     found = difference_in_differences(rows.assign(seed=11))
     assert found.value == pytest.approx(-4 - 1) and found.low == pytest.approx(-6 - 2)
+
+
+def test_two_removals_are_compared_within_each_seed():
+    treated = np.array([True, True, True, False, False, False])
+
+    def removal(cost, seed):
+        return changes(np.zeros(6), np.array([-cost - 0.1, -cost, -cost + 0.1, 1.0, 1.0, 1.0]), treated, np.arange(6)).assign(seed=seed)
+
+    dear = pd.concat([removal(3.0, 11), removal(4.0, 12)])
+    cheap = pd.concat([removal(1.0, 11), removal(2.0, 12)])
+    found = difference_of_removals(dear, cheap)
+    assert found.value == pytest.approx(-2) and found.seeds == (11, 12)
+    assert found.value == pytest.approx(difference_in_differences(dear).value - difference_in_differences(cheap).value)
+    assert -2.3 < found.low < found.high < -1.7
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pandas
 import pytest
 
 from influence_kit.corpora.debian import available
-from influence_kit.pipeline.grid import CHAPTERS
+from influence_kit.pipeline.chapters import CHAPTERS
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "figures" / "smoke"

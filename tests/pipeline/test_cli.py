@@ -54,8 +54,8 @@ def no_check(todo) -> None:
 @pytest.fixture
 def kit(tmp_path, monkeypatch):
     """Two tiny chapters with tiny stages in place of the package's own, in a checkout of their own."""
-    grid = types.SimpleNamespace(CHAPTERS=CHAPTERS, CHECKS=[no_check], stages_for=stages_for)
-    monkeypatch.setitem(sys.modules, "influence_kit.pipeline.grid", grid)
+    chapters = types.SimpleNamespace(CHAPTERS=CHAPTERS, CHECKS=[no_check], stages_for=stages_for)
+    monkeypatch.setitem(sys.modules, "influence_kit.pipeline.chapters", chapters)
     profiles = types.SimpleNamespace(load_profile=load_profile)
     monkeypatch.setitem(sys.modules, "influence_kit.pipeline.profiles", profiles)
     folder = tmp_path / "checkout" / "notebooks"
@@ -154,7 +154,7 @@ sys.path.insert(0, {str(REPOSITORY)!r})
 from tests.pipeline import tiny_stages
 def stages_for(profile, chapter):
     return [tiny_stages.stage("number", value=1)]
-sys.modules["influence_kit.pipeline.grid"] = types.SimpleNamespace(CHAPTERS=["01"], CHECKS=[], stages_for=stages_for)
+sys.modules["influence_kit.pipeline.chapters"] = types.SimpleNamespace(CHAPTERS=["01"], CHECKS=[], stages_for=stages_for)
 sys.modules["influence_kit.pipeline.profiles"] = types.SimpleNamespace(load_profile=lambda name, seeds, real_text: None)
 from influence_kit.pipeline.cli import main
 if __name__ == "__main__":
@@ -195,8 +195,8 @@ def test_ctrl_c_ends_with_130_and_leaves_no_process(kit, tmp_path):
 import sys, types
 sys.path.insert(0, {str(REPOSITORY)!r})
 from tests.pipeline import tiny_stages
-grid = types.SimpleNamespace(CHAPTERS=["01"], CHECKS=[], stages_for=lambda profile, chapter: [tiny_stages.stage("slow")])
-sys.modules["influence_kit.pipeline.grid"] = grid
+only = {{"CHAPTERS": ["01"], "CHECKS": [], "stages_for": lambda profile, chapter: [tiny_stages.stage("slow")]}}
+sys.modules["influence_kit.pipeline.chapters"] = types.SimpleNamespace(**only)
 sys.modules["influence_kit.pipeline.profiles"] = types.SimpleNamespace(load_profile=lambda name, seeds, real_text: None)
 from influence_kit.pipeline.cli import main
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Profiles: all that ship are valid, unknown keys and names are refused in one line; grids follow from them."""
 
+import importlib
+
 import pytest
 import yaml
 
+from influence_kit.corpora.world import World
 from influence_kit.errors import UserError
-from influence_kit.pipeline import grid
-from influence_kit.pipeline.profiles import FOLDER, load_profile, profile_names
+from influence_kit.pipeline import chapters, grid
+from influence_kit.pipeline.profiles import FOLDER, PLANTED, load_profile, profile_names
 
 
 def test_the_promised_profiles_ship_and_are_valid():
@@ -31,6 +34,11 @@ def test_unknown_profile_lists_the_known_ones():
         (("atlas", "scan", "damping"), -1, "damping"),
         (("colour",), "red", "colour: Extra inputs"),
         (("atlas", "family", "architecture"), "rnn", "'rnn' is not one of"),
+        (("atlas", "arms", "wide"), {"widths": [48]}, r"wide asks for widths \[48\], the family has \[16, 32\]"),
+        (("atlas", "arms", "base"), {}, "'base' is the world as it stands"),
+        (("atlas", "arms", "bad"), {"world": {"noise_share": 2}}, "^profile own.yaml: atlas: .*Atlas: noise_share=2"),
+        (("cast", "world", "entities"), 5, "^profile own.yaml: cast: .*unknown parameter 'entities'; known are .*personas"),
+        (("cast", "arms", "bad"), {"world": {"answer_from": "memory"}}, "answer_from='memory' must be one of imitation"),
     ],
 )
 def test_bad_profiles_name_the_key_and_the_remedy(tmp_path, place, value, message):
@@ -54,21 +62,21 @@ def test_bad_seeds_are_refused(seeds):
 
 def test_other_seeds_make_other_stages_and_share_the_text():
     ours, theirs = load_profile("smoke", [1, 2]), load_profile("smoke", [2, 3])
-    first, second = ({s.fingerprint: s for s in grid.stages_for(p, "05_cross_lingual")} for p in (ours, theirs))
+    first, second = ({s.fingerprint: s for s in chapters.stages_for(p, "05_cross_lingual")} for p in (ours, theirs))
     shared = {stage.label for fingerprint, stage in first.items() if fingerprint in second}
     assert shared and all("seed 2" in label or label == "real text" for label in shared)
 
 
 def test_without_real_text_nothing_reads_it():
     profile = load_profile("smoke", real_text=False)
-    for chapter in grid.CHAPTERS:
-        assert not any(stage.kind == "text" for stage in grid.stages_for(profile, chapter))
+    for chapter in chapters.CHAPTERS:
+        assert not any(stage.kind == "text" for stage in chapters.stages_for(profile, chapter))
 
 
 def test_inputs_come_before_what_is_made_of_them():
-    for chapter in grid.CHAPTERS:
+    for chapter in chapters.CHAPTERS:
         seen = set()
-        for stage in grid.stages_for(load_profile("laptop"), chapter):
+        for stage in chapters.stages_for(load_profile("laptop"), chapter):
             assert all(below.fingerprint in seen for below in stage.inputs.values())
             seen.add(stage.fingerprint)
 
@@ -78,18 +86,18 @@ def test_a_text_folder_that_is_not_there_is_said_before_any_work(tmp_path):
     content["text"] |= {"source": "folder", "folder": str(tmp_path / "missing")}
     path = tmp_path / "own.yaml"
     path.write_text(yaml.safe_dump(content))
-    stages = grid.stages_for(load_profile(str(path)), "05_cross_lingual")
+    stages = chapters.stages_for(load_profile(str(path)), "05_cross_lingual")
     with pytest.raises(UserError, match="does not exist"):
-        grid.text_is_in_reach(stages)
+        chapters.text_is_in_reach(stages)
 
 
 def test_text_that_cannot_be_fetched_is_said_with_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))  # no apt-get anywhere
-    stages = grid.stages_for(load_profile("smoke"), "05_cross_lingual")
+    stages = chapters.stages_for(load_profile("smoke"), "05_cross_lingual")
     assert next(stage for stage in stages if stage.kind == "text").early
     with pytest.raises(UserError, match=r"apt-get is not on this machine.*--without-real-text"):
-        grid.text_is_in_reach(stages)
-    grid.text_is_in_reach([stage for stage in stages if stage.kind != "text"])
+        chapters.text_is_in_reach(stages)
+    chapters.text_is_in_reach([stage for stage in stages if stage.kind != "text"])
 
 
 def test_a_gpu_profile_without_a_gpu_is_refused_before_any_work():
@@ -98,9 +106,52 @@ def test_a_gpu_profile_without_a_gpu_is_refused_before_any_work():
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")
     with pytest.raises(UserError, match="cuda and torch finds no GPU"):
-        grid.device_is_there(grid.stages_for(load_profile("gpu"), "01_worlds_and_models"))
+        chapters.device_is_there(chapters.stages_for(load_profile("gpu"), "01_worlds_and_models"))
 
 
 def test_every_chapter_has_a_notebook_and_every_notebook_a_grid():
     notebooks = {path.stem for path in (FOLDER.parents[2] / "notebooks").glob("*.ipynb")}
-    assert notebooks == set(grid.CHAPTERS)
+    assert notebooks == set(chapters.CHAPTERS)
+
+
+def test_a_profile_may_leave_a_world_out(tmp_path):
+    content = yaml.safe_load((FOLDER / "smoke.yaml").read_text())
+    del content["cast"]
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(content))
+    profile = load_profile(str(path))
+    assert profile.cast is None and grid.planted_grid(profile, "cast") == []
+    assert grid.planted_grid(profile, "atlas")
+    with pytest.raises(UserError, match="no world is called 'map': choose one of atlas, "):
+        grid.planted_grid(profile, "map")
+
+
+def test_arms_change_the_world_and_nothing_else():
+    profile = load_profile("laptop")
+    base, minority = (grid.planted_grid(profile, "atlas", [arm], (), [32], [11])[0] for arm in ("base", "minority"))
+    assert minority.world.parameters == base.world.parameters | profile.atlas.arms["minority"].world
+    assert minority.model.parameters == base.model.parameters and minority.influence == {}
+    assert minority.model.fingerprint != base.model.fingerprint
+    assert not grid.planted_grid(profile, "atlas", ["minority"], widths=[64])  # the arm has no such width
+    assert not grid.planted_grid(profile, "atlas", ["no_such_arm"])
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_every_arm_of_every_world_has_a_stage_and_a_cost(name):
+    profile = load_profile(name)
+    for corpus in PLANTED:
+        section = getattr(profile, corpus)
+        found = grid.planted_grid(profile, corpus, ("base", *section.arms), seeds=[0])
+        assert {trained.arm for trained in found} == {"base", *section.arms}
+        for stage in (stage for trained in found for stage in trained.stages):
+            assert stage.fingerprint and stage.cost.seconds > 0 and stage.cost.memory_bytes > 0
+
+
+@pytest.mark.parametrize("corpus", PLANTED)
+def test_costs_rest_on_the_size_that_a_world_has(corpus, tmp_path):
+    stage = grid.planted_grid(load_profile("smoke"), corpus)[0].world
+    module, _, function = stage.function.partition(":")
+    getattr(importlib.import_module(module), function)(stage.parameters, {}, tmp_path, None)
+    world, (sequences, length, words) = World.load(tmp_path), grid.shape(stage)
+    assert (sequences, length) == (world.sequences.num_rows, world.context)
+    assert words == pytest.approx(world.vocabulary_size, rel=0.1)
