@@ -11,6 +11,7 @@ rule. It is a ratio of means over the queries of one seed:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +20,7 @@ from influence_kit.corpora.ladder import TIERS, tiers
 from influence_kit.corpora.world import World, token_matrix
 from influence_kit.errors import UserError
 from influence_kit.measures.lexical import idf_overlap, token_counts
-from influence_kit.measures.lifts import lift, mass_share, precision_at
+from influence_kit.measures.lifts import _top_k, lift, mass_share, precision_at
 
 if TYPE_CHECKING:
     import pandas
@@ -55,7 +56,7 @@ def abstraction(
     values, queries = np.asarray(values), np.asarray(queries)
     if values.shape != (len(queries), len(rows)):
         raise UserError(f"Scores have shape {values.shape}; {len(queries)} queries and {len(rows)} rows need [Q, N].")
-    members = {name: member[queries] for name, member in tiers(world, rows).items()}
+    members = tiers(replace(world, queries=world.queries.take(queries)), rows)
     columns = {name: lift(values, members[name], top, two_sided) for name in TIERS}
     for name, group in (("meaning_mass", MEANING), ("overlap_mass", OVERLAP)):
         columns[name] = mass_share(values, _union(members, group), top, two_sided=True)
@@ -98,21 +99,20 @@ def overlap_ranks(world: World, values: np.ndarray, rows: np.ndarray) -> np.ndar
 
 
 def half_nat(answers: pandas.DataFrame, fractions=None, nats: float = 0.5) -> float:
-    """The fraction of training, of those given, at which the mean loss of the queries in `answers` is nearest `nats`.
+    """The fraction of training, one of those given, at which the mean loss of the queries in `answers` is nearest `nats`.
 
     answers: fraction, log_p (nats), a row for each query and checkpoint. Of equally near ones the earliest; by default all
     fractions but 0. Raises UserError where none of the fractions was kept.
     """
     loss = -answers.groupby("fraction")["log_p"].mean()
-    kept = loss[loss.index > 0]
-    if fractions is not None:
-        near = [loss.index[np.abs(loss.index - fraction).argmin()] for fraction in fractions] if len(loss) else []
-        kept = loss[[found for found, wanted in zip(near, fractions) if abs(found - wanted) <= 0.02]]
-    if kept.empty:
+    kept = {at: float(value) for at, value in loss.items() if at > 0}
+    if fractions is not None:  # a checkpoint lies at a whole step, next to the fraction that was asked for
+        kept = {wanted: value for wanted in fractions for at, value in kept.items() if abs(at - wanted) <= 0.02}
+    if not kept:
         raise UserError(
             f"No checkpoint is among the fractions {fractions}; kept are {[round(f, 3) for f in loss.index]}."
         )
-    return float((kept - nats).abs().idxmin())
+    return float(min(sorted(kept), key=lambda at: abs(kept[at] - nats)))
 
 
 def top_decline(small: np.ndarray, large: np.ndarray, k: int = 10) -> np.ndarray:
@@ -153,10 +153,8 @@ def _union(members: dict[str, np.ndarray], names) -> np.ndarray:
 
 def _of_others(values: np.ndarray, concept: np.ndarray, cell: np.ndarray, k: int) -> np.ndarray:
     """Each ranking's precision for the rules of the other queries, [Q]: what any query's ranking gives."""
-    found = np.full((len(values), len(values)), np.nan)
-    for other in range(len(values)):
-        apart = np.flatnonzero(cell != cell[other])
-        if len(apart):
-            found[apart, other] = precision_at(values[apart], concept[other], k)
-    counted = (~np.isnan(found)).sum(1)
-    return np.divide(np.nansum(found, 1), counted, out=np.full(len(values), np.nan), where=counted > 0)
+    k = min(k, values.shape[1])
+    found = _top_k(values, k).astype(np.float32) @ concept.T.astype(np.float32) / k  # [ranking, rule]
+    apart = np.not_equal.outer(cell, cell) & concept.any(1)
+    counted = apart.sum(1)
+    return np.divide((found * apart).sum(1), counted, out=np.full(len(values), np.nan), where=counted > 0)

@@ -89,6 +89,7 @@ def test_half_nat_takes_the_nearest_kept_checkpoint():
     assert half_nat(answers) == 0.5
     assert half_nat(answers, fractions=[1 / 4, 1]) == 1.0  # losses 1.5 and .05
     assert half_nat(answers, nats=1.4) == 0.25
+    assert half_nat(answers, fractions=[0.2501, 1]) == 1.0 and half_nat(answers, fractions=[0.4999]) == 0.4999
     with pytest.raises(UserError, match="No checkpoint"):
         half_nat(answers, fractions=[0.75])
 
