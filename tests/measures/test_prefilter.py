@@ -68,7 +68,7 @@ def test_recall_of_scores_that_follow_the_filter_or_oppose_it(small_ladder):
     every = along[along["relation"] == ALL]
     assert (every["top"] == 10).all() and (every["kept"] == 10).all() and (every["whole"] == 1).all()
     parts = along[along["relation"] != ALL].groupby(["query", "share"])[["top", "kept"]].sum()
-    assert (parts == 10).all(None) and along.loc[along["relation"] != ALL, "whole"].isna().all()
+    assert (parts == 10).to_numpy().all() and along.loc[along["relation"] != ALL, "whole"].isna().all()
     against = prefilter(small_ladder, -lexical, rows, queries, (0.5, 1), lexical)
     sums = against[against["relation"] == ALL].groupby("share")[["kept", "whole"]].mean()
     assert sums.loc[0.5].tolist() == [0, 0] and sums.loc[1].tolist() == [10, 1]
