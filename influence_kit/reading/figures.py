@@ -215,12 +215,13 @@ def path_over_training(
     fig, ((ax,),) = blank(height=3.9)
     splits = keys_of(df, split) if split else [None]
     for i, (key, colour) in enumerate(colours_of(keys_of(df, group), "sizes").items()):
+        label = name_of(key)  # said once, by the first line that there is
         for part, line in zip(splits, ("-", "--", ":", "-."), strict=False):
             rows = df[(df[group] == key) & ((df[split] == part) if split else True)]
             marker = look.MARKERS[i % len(look.MARKERS)] if len(rows) <= 12 else ""
             if len(rows):
-                label = name_of(key) if part == splits[0] else "_"
                 draw_series(ax, rows, x, value, colour, label, line=line, marker=marker)
+                label = "_"
     for part, line in zip(splits if split else [], ("-", "--", ":", "-."), strict=False):
         ax.plot([], [], line, color=look.FAINT, label=str(part))
     draw_references(ax, references, skip=len(splits) - 1)
