@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,8 @@ class Claim:
         status: confirmed, refuted or undecided. reason: why it is undecided; empty otherwise.
         kind: "claim"; "gate" (must pass before a claim is read) or "control" (its answer is known beforehand).
         seeds: labels of the seeds used. rule: the criterion, in words.
+        fragile: confirmed, but by so little that an interval half as wide again would not confirm it: other seeds may not.
+        referee: what another method, retraining above all, says of the same sentence; None where nothing was asked.
     """
 
     id: str
@@ -51,6 +53,8 @@ class Claim:
     unit: str
     rule: str
     reason: str = ""
+    fragile: bool = False
+    referee: "Referee | None" = None
 
     def __post_init__(self) -> None:
         for name, allowed in (("status", STATUSES), ("kind", KINDS)):
@@ -68,15 +72,53 @@ class Claim:
         unit: str,
         kind: str = "claim",
         gates: Sequence["Claim"] = (),
+        referee: "tuple[str, Claim] | None" = None,
         **thresholds: float | None,
     ) -> "Claim":
-        """A claim judged from its estimate; `thresholds` are those of `judge`."""
+        """A claim judged from its estimate; `thresholds` are those of `judge`.
+
+        referee: a method in words, and a claim that is confirmed where that method supports this one and refuted where it
+        contradicts it.
+        """
         status, reason = judge(estimate, kind=kind, gates=gates, **thresholds)
+        fragile = status == "confirmed" and judge(widened(estimate), kind=kind, gates=gates, **thresholds)[0] != status
+        asked = None if referee is None else Referee.of(status, *referee)
         rule = describe_rule(**thresholds)
         if gates:
             rule += f"; read only if {', '.join(gate.id for gate in gates)} passed"
         measured = (estimate.value, estimate.interval)
-        return cls(id, chapter, claim, paper, *measured, status, kind, estimate.seeds, unit, rule, reason)
+        return cls(
+            id, chapter, claim, paper, *measured, status, kind, estimate.seeds, unit, rule, reason, fragile, asked
+        )
+
+
+AGREEMENTS = ("agrees", "disagrees", "undecided")
+
+
+@dataclass(frozen=True)
+class Referee:
+    """What another method says of a claim: its own number, its interval, and whether the two agree."""
+
+    method: str
+    claim: str  # the id of the referee's own claim
+    measured: float
+    interval: tuple[float, float]
+    unit: str
+    status: str
+    agreement: str
+
+    @classmethod
+    def of(cls, status: str, method: str, claim: Claim) -> "Referee":
+        """Two claims agree where both are confirmed or both refuted, disagree where one is each, and are undecided else."""
+        both = {status, claim.status}
+        agreement = "undecided" if "undecided" in both else "agrees" if len(both) == 1 else "disagrees"
+        return cls(method, claim.id, claim.measured, claim.interval, claim.unit, claim.status, agreement)
+
+
+def widened(estimate: Estimate, by: float = 1.5) -> Estimate:
+    """The estimate with both arms of its interval `by` times as long: what is still confirmed then was not confirmed by a hair."""
+    low, high = (estimate.value + by * (end - estimate.value) for end in estimate.interval)
+    return replace(estimate, low=low, high=high)
 
 
 def _thresholds(confirm_above, confirm_below, refute_below, refute_above) -> tuple[float | None, float | None]:
@@ -211,17 +253,23 @@ def write_verdicts(path, claims: Iterable[Claim], figures: Iterable[dict] = ()) 
     write_json(path, {"claims": [asdict(claim) for claim in merge(claims)], "figures": figures})
 
 
+def claim_of(row: dict) -> Claim:
+    """A claim from its row of JSON; null numbers come back as nan. Raises KeyError, TypeError or IndexError for other rows."""
+
+    def numbers(part: dict) -> dict:
+        value, low, high = (math.nan if x is None else x for x in (part["measured"], *part["interval"]))
+        return {**part, "measured": value, "interval": (low, high)}
+
+    asked = row.get("referee")
+    referee = None if asked is None else Referee(**numbers(asked))
+    return Claim(**{**numbers(row), "seeds": tuple(row["seeds"]), "referee": referee})
+
+
 def read_verdicts(path) -> tuple[list[Claim], list[dict]]:
     """Claims and figures of a file that `write_verdicts` wrote; null numbers come back as nan."""
 
-    def number(value):
-        return math.nan if value is None else value
-
     content = json.loads(Path(path).read_text(encoding="utf-8"))
-    claims = []
-    for row in content["claims"]:
-        row |= {"measured": number(row["measured"]), "interval": tuple(number(x) for x in row["interval"])}
-        claims.append(Claim(**row | {"seeds": tuple(row["seeds"])}))
+    claims = [claim_of(row) for row in content["claims"]]
     return claims, content["figures"]
 
 
@@ -231,15 +279,23 @@ def verdict_table_markdown(claims: Iterable[Claim]) -> str:
     def cell(text) -> str:
         return " ".join(str(text).replace("|", "\\|").split())
 
-    header = ("chapter", "claim", "paper", "measured [95 % interval]", "seeds", "verdict")
+    header = ("chapter", "claim", "paper", "measured [95 % interval]", "seeds", "verdict", "referee")
     rows = [header, ("---",) * len(header)]
     for claim in merge(claims):
         measured = f"{Estimate(claim.measured, *claim.interval, 0)} {claim.unit}"
         paper = f"{claim.paper:g}" if isinstance(claim.paper, (int, float)) else claim.paper
-        verdict = f"*{claim.status}*" + (f" ({claim.reason})" if claim.reason else "")
+        verdict = f"*{claim.status}*" + (f" ({claim.reason})" if claim.reason else " (fragile)" if claim.fragile else "")
         sentence = claim.claim if claim.kind == "claim" else f"{claim.kind}: {claim.claim}"
-        rows.append((claim.chapter, sentence, paper, measured, str(len(claim.seeds)), verdict))
+        rows.append((claim.chapter, sentence, paper, measured, str(len(claim.seeds)), verdict, _asked(claim)))
     return "".join(f"| {' | '.join(map(cell, row))} |\n" for row in rows)
+
+
+def _asked(claim: Claim) -> str:
+    """The referee's cell of a table: its number, and whether it agrees."""
+    if (asked := claim.referee) is None:
+        return "–"
+    words = {"agrees": "agrees", "disagrees": "**EK-FAC and it disagree**", "undecided": f"{asked.status}, so undecided"}
+    return f"{asked.method}: {Estimate(asked.measured, *asked.interval, 0)} {asked.unit}; {words[asked.agreement]}"
 
 
 def summarise_table(table: "pandas.DataFrame") -> dict:

@@ -125,7 +125,7 @@ class Run:
 
         found = load_file(ensure(self.trained.influence[fraction]) / "scores.safetensors")
         queries = found["queries"].numpy()
-        if self.corpus == "atlas" and kind is not None:
+        if self.corpus in ("atlas", "little_atlas") and kind is not None:
             kinds = self.world.queries["kind"].to_numpy(zero_copy_only=False)[queries]
             if kind not in (known := sorted(set(kinds))):
                 raise UserError(f"kind={kind!r} was not scored: choose one of {', '.join(known)}, or None for all")
@@ -285,7 +285,7 @@ class Chapter:
         return self.planted("cast", *arms, **choice)
 
     def text(self, **choice) -> list[Run]:
-        """Models trained on real text; an empty list in a run without it."""
+        """Models trained on real text (`section="little_text"`: the small family); an empty list in a run without it."""
         return self._runs(grid.text_grid(self.profile, **choice))
 
     def dialogue(self, *arms: str, **choice) -> list[Run]:
@@ -321,12 +321,24 @@ class Chapter:
         return saved
 
     def claim(
-        self, id: str, claim: str, paper: str, estimate: Estimate, unit: str = "", kind: str = "claim", gates=(), **rule
+        self,
+        id: str,
+        claim: str,
+        paper: str,
+        estimate: Estimate,
+        unit: str = "",
+        kind: str = "claim",
+        gates=(),
+        referee: tuple[str, Claim] | None = None,
+        **rule,
     ) -> Claim:
-        """Judge an estimate by a rule fixed beforehand (`confirm_above`, `confirm_below`, …) and keep the verdict."""
+        """Judge an estimate by a rule fixed beforehand (`confirm_above`, `confirm_below`, …) and keep the verdict.
+
+        referee: a method in words ("leave-tier-out retraining") and the claim that says what it found.
+        """
         from influence_kit.measures.verdicts import Claim, write_json
 
-        made = Claim.from_estimate(id, self.name, claim, paper, estimate, unit, kind, gates, **rule)
+        made = Claim.from_estimate(id, self.name, claim, paper, estimate, unit, kind, gates, referee, **rule)
         self.claims = [old for old in self.claims if old.id != id] + [made]
         (self.folder / "claims").mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "claims" / f"{self.name}.json", [asdict(one) for one in self.claims])

@@ -24,6 +24,21 @@ def _worlds_and_models(profile: Profile) -> list[Trained]:
     return planted_grid(profile, "atlas", ("base", "shuffled"), fractions=()) + text_grid(profile, fractions=())
 
 
+def _is_ekfac_right(profile: Profile) -> list[Trained]:
+    _section(profile, "little_atlas", "02")
+    found = planted_grid(profile, "little_atlas", extra=("rivals", "response", "bank"))
+    for world in ("atlas", "ladder"):
+        found += planted_grid(profile, world, widths=middle_width(profile, world), extra=("rivals",))
+    return found + text_grid(profile, extra=("rivals", "bank"), section="little_text")
+
+
+def middle_width(profile: Profile, world: str) -> list[int]:
+    """The middle one of a family's widths, in a list; none where the profile has no such world."""
+    grid = getattr(profile, world)
+    widths = sorted({size.width for size in grid.family.sizes}) if grid else []
+    return widths[len(widths) // 2 : len(widths) // 2 + 1]
+
+
 def _heavy_tails(profile: Profile) -> list[Trained]:
     trained = planted_grid(profile, "atlas", fractions=(0.0, END))
     return trained + planted_grid(profile, "atlas", ("shuffled",)) + text_grid(profile, (0.0, END))
@@ -50,6 +65,7 @@ def _cross_lingual(profile: Profile) -> list[Trained]:
     along = (*profile.atlas.scan.fractions, END)
     arms = ("minority", "no_anchors", "half_anchors")
     found = planted_grid(profile, "atlas", fractions=along) + planted_grid(profile, "atlas", arms)
+    found += planted_grid(profile, "atlas", ("without_translations",), fractions=())
     return found + (text_grid(profile, (*profile.text.scan.fractions, END)) if profile.text else [])
 
 
@@ -101,6 +117,7 @@ def _maths_and_code(profile: Profile) -> list[Trained]:
 READS: dict[str, Callable[[Profile], list[Trained]]] = {
     "00_start_here": _start_here,
     "01_worlds_and_models": _worlds_and_models,
+    "02_is_ekfac_right": _is_ekfac_right,
     "03_heavy_tails": _heavy_tails,
     "04_abstraction_vs_size": _abstraction,
     "05_cross_lingual": _cross_lingual,

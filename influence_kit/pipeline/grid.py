@@ -20,6 +20,7 @@ FLOPS = 4e10  # sustained by one core; an estimate for `--plan` only
 STEP = 0.012  # seconds of overhead of one training step
 QUERIES = 110  # scored; an estimate as well
 END = 1.0
+REFEREES = ("bank", "response", "rivals")
 
 
 @dataclass(frozen=True)
@@ -100,31 +101,26 @@ def text_grid(
     widths: Iterable[int] | None = None,
     seeds: Iterable[int] | None = None,
     extra: Iterable[str] = (),
+    section: str = "text",
 ) -> list[Trained]:
-    """Models of the real-text family; none where the profile has no real text."""
-    grid = profile.text
+    """Models of the real-text family ("text", or "little_text", the one small enough to train many times); none where the
+    profile has no such section."""
+    grid = getattr(profile, section)
     if grid is None:
         return []
     sizes = [size for size in grid.family.sizes if widths is None or size.width in widths]
     chosen = profile.seeds if seeds is None else seeds
     return [
-        _trained(profile, grid, "text", "base", seed, size, _parallel(profile, seed), fractions, extra)
+        _trained(profile, grid, section, "base", seed, size, _parallel(grid, seed), fractions, extra)
         for size in sizes
         for seed in chosen
     ]
 
 
-def _texts(profile: Profile) -> TextGrid:
-    if profile.text is None:
-        raise UserError(
-            f"profile {profile.name!r} has no real text: leave out --without-real-text, or give it a `text` part"
-        )
-    return profile.text
-
-
-def text_stage(profile: Profile) -> Stage:
+def text_stage(grid: TextGrid | None) -> Stage:
     """The stage that fetches or reads real text."""
-    grid = _texts(profile)
+    if grid is None:
+        raise UserError("this profile has no real text: leave out --without-real-text, or give it a `text` part")
     languages = list(grid.world.get("languages", ParallelText().languages))
     parameters = {"source": grid.source, "folder": grid.folder, "languages": languages}
     if grid.folder:  # so that other files in the same place make another text
@@ -140,8 +136,12 @@ def _planted(grid: PlantedGrid, corpus: str, arm: str, seed: int) -> Stage:
     documents, length, _ = _size(world)
     tokens = documents * length
     cost = Cost(2 + tokens / 2e6, 400_000_000, 5 * tokens)
-    label = f"{PLANTED[corpus].__name__} world, {arm}, seed {seed}"
-    return Stage("world", f"{HOME}.{corpus}:{corpus}", asdict(world), cost=cost, label=label)
+    kind = PLANTED[corpus].__name__
+    label = f"{kind} world, {arm}, seed {seed}"
+    made = Stage("world", f"{HOME}.{kind.lower()}:{kind.lower()}", asdict(world), cost=cost, label=label)
+    if arm == "base" or not (without := grid.arms[arm].without):
+        return made
+    return Stage("world", f"{HOME}.{without}:{without}", {"seed": seed}, {"world": made}, cost=cost, label=label)
 
 
 def lines_stage(grid: DialogueGrid) -> Stage:
@@ -164,15 +164,15 @@ def _spoken(grid: DialogueGrid, arm: str, seed: int) -> Stage:
     return Stage("world", f"{HOME}.dialogue:dialogue", asdict(world), {"text": lines_stage(grid)}, cost=cost, label=label)
 
 
-def _parallel(profile: Profile, seed: int) -> Stage:
-    parameters = asdict(ParallelText(**tuples({**_texts(profile).world, "seed": seed})))
+def _parallel(grid: TextGrid, seed: int) -> Stage:
+    parameters = asdict(ParallelText(**tuples({**grid.world, "seed": seed})))
     tokens = parameters["pairs"] * len(parameters["languages"]) * parameters["length"]
     cost = Cost(10 + tokens / 1e5, 600_000_000, 8 * tokens)
     return Stage(
         "world",
         f"{HOME}.text:parallel",
         parameters,
-        {"text": text_stage(profile)},
+        {"text": text_stage(grid)},
         cost=cost,
         label=f"text world, seed {seed}",
     )
@@ -191,7 +191,8 @@ def _trained(
 ) -> Trained:
     if size.pretrained:
         return _pretrained(profile, grid.scan, seed, size, world, fractions)
-    name = f"{corpus} {arm} {size.width}x{size.depth}, seed {seed}"
+    kind = f"{corpus} {size.architecture}".strip()
+    name = f"{kind} {arm} {size.width}x{size.depth}, seed {seed}"
     model = _model(grid.family, grid.scan, seed, size, world, name, profile.device)
     scans = {
         fraction: _influence(profile, grid.scan, arm, seed, world, model, fraction, name) for fraction in fractions
@@ -211,6 +212,10 @@ def _extra(kind: str, own: dict, scan: Stage, fraction: float, name: str) -> Sta
     label = f"{kind} of {name}, {fraction:.0%} of training"
     inputs = {**scan.inputs, "influence": scan}
     cost = replace(scan.cost, seconds=scan.cost.seconds / 2)  # seen: a tenth of a scan to all of it
+    if kind in REFEREES:  # these train again, or need to know how the model was trained, and no scan
+        inputs, parameters = scan.inputs, {**parameters, "model": scan.inputs["model"].parameters}
+        trained = scan.inputs["model"].cost.seconds
+        cost = replace(cost, seconds=trained * own.get("subsets", 0) * own.get("repeats", 1) / 2 + own.get("responses", 0) + 20 * scan.cost.seconds)
     return Stage(kind, f"{HOME}.{kind}:{kind}", {**own, **parameters}, inputs, cost=cost, label=label)
 
 
@@ -242,7 +247,7 @@ def _pretrained(
 def _model(family: Family, scan: Scan, seed: int, size: Size, world: Stage, name: str, device: str) -> Stage:
     checkpoints = sorted({0.0, *scan.fractions, END})
     recipe = {**family.recipe, "seed": seed, "learning_rate": size.learning_rate, "checkpoints": checkpoints}
-    parameters = {"architecture": family.architecture, "width": size.width, "depth": size.depth, "device": device}
+    parameters = {"architecture": size.architecture or family.architecture, "width": size.width, "depth": size.depth, "device": device}
     parameters["recipe"] = asdict(Recipe(**tuples(recipe)))
     sequences, length, vocabulary = shape(world)
     weights = 12 * size.depth * size.width**2
@@ -294,6 +299,8 @@ def _influence(
 
 def shape(world: Stage) -> tuple[int, int, int]:
     """Sequences of a world, their length in tokens and the vocabulary's size, estimated from the stage's parameters alone."""
+    if "world" in world.inputs:  # another world, changed in place
+        return shape(world.inputs["world"])
     name = world.function.rpartition(":")[2]
     return _size({**PLANTED, "parallel": ParallelText, "dialogue": Dialogue}[name](**tuples(world.parameters)))
 

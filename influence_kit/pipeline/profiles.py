@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -25,7 +25,15 @@ from influence_kit.pipeline.stages import tuples
 
 FOLDER = Path(__file__).parent / "profiles"
 # The worlds with planted truth, by the name of their section in a profile, which is also that of their stage.
-PLANTED: dict[str, type] = {"atlas": Atlas, "ladder": Ladder, "cast": Cast, "deep": Deep, "procedures": Procedures}
+# `little_atlas` is small enough to train hundreds of times and to invert exactly.
+PLANTED: dict[str, type] = {
+    "atlas": Atlas,
+    "ladder": Ladder,
+    "cast": Cast,
+    "deep": Deep,
+    "procedures": Procedures,
+    "little_atlas": Atlas,
+}
 
 
 class _Strict(BaseModel):
@@ -33,11 +41,13 @@ class _Strict(BaseModel):
 
 
 class Size(_Strict):
-    """One model of a family: width, depth and peak learning rate, or `pretrained`, a folder or hub name (real text only)."""
+    """One model of a family: width, depth and peak learning rate, and an architecture other than the family's; or `pretrained`, a
+    folder or hub name (real text only)."""
 
     width: int = Field(16, ge=16, multiple_of=16)
     depth: int = Field(1, ge=1)
     learning_rate: float = Field(3e-3, gt=0)
+    architecture: str = ""
     pretrained: str = ""
 
 
@@ -50,8 +60,9 @@ class Family(_Strict):
 
     @model_validator(mode="after")
     def _known(self):
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"architecture {self.architecture!r} is not one of {', '.join(ARCHITECTURES)}")
+        for name in (self.architecture, *(size.architecture or self.architecture for size in self.sizes)):
+            if name not in ARCHITECTURES:
+                raise ValueError(f"architecture {name!r} is not one of {', '.join(ARCHITECTURES)}")
         _check(Recipe, self.recipe, "recipe", never=("seed", "learning_rate"))
         return self
 
@@ -68,9 +79,13 @@ class Scan(_Strict):
 
 
 class Arm(_Strict):
-    """A variation of a world, and which widths of the family are trained on it (all by default)."""
+    """A variation of a world, and which widths of the family are trained on it (all by default).
+
+    without: "translations" trains on the world as it stands, with some statements replaced (Atlas only).
+    """
 
     world: dict[str, Any] = {}
+    without: Literal["", "translations"] = ""
     widths: tuple[int, ...] | None = None
 
 
@@ -159,7 +174,9 @@ class Profile(_Strict):
     cast: PlantedGrid | None = None
     deep: PlantedGrid | None = None
     procedures: PlantedGrid | None = None
+    little_atlas: PlantedGrid | None = None
     text: TextGrid | None = None
+    little_text: TextGrid | None = None
     dialogue: DialogueGrid | None = None
 
     @field_validator(*PLANTED)
@@ -168,6 +185,8 @@ class Profile(_Strict):
         if grid is not None:
             for changes in ({}, *(arm.world for arm in grid.arms.values())):
                 _check(PLANTED[str(about.field_name)], {**grid.world, **changes}, "world", never=("seed",))
+            if PLANTED[str(about.field_name)] is not Atlas and any(arm.without for arm in grid.arms.values()):
+                raise ValueError("arms: `without` replaces statements of Atlas; this world has none")
         return grid
 
 
@@ -211,4 +230,4 @@ def load_profile(name: str, seeds: tuple[int, ...] | list[int] | None = None, re
                 f"seeds={list(seeds)} must be different whole numbers, 0 or more: for example --seeds 11,12,13"
             )
         profile = profile.model_copy(update={"seeds": tuple(seeds)})
-    return profile if real_text else profile.model_copy(update={"text": None, "dialogue": None})
+    return profile if real_text else profile.model_copy(update={"text": None, "little_text": None, "dialogue": None})

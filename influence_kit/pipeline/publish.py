@@ -1,7 +1,6 @@
 """From the cache to `figures/<profile>/`: files, provenance, and the verdicts over all chapters."""
 
 import json
-import math
 import os
 import shutil
 from collections import Counter
@@ -106,25 +105,11 @@ def _judge_figures(folder: Path, update_expected: bool) -> list[dict]:
 
 def read_claims(path: Path) -> list["Claim"]:
     """A chapter's claims: a JSON list of rows, or an object that holds them as `claims`. Raises UserError otherwise."""
-    from influence_kit.measures.verdicts import Claim
-
-    def number(value: float | None) -> float:
-        return math.nan if value is None else value
+    from influence_kit.measures.verdicts import claim_of
 
     content = json.loads(path.read_text(encoding="utf-8"))
     try:
-        rows = content["claims"] if isinstance(content, dict) else content
-        return [
-            Claim(
-                **row
-                | {
-                    "measured": number(row["measured"]),
-                    "interval": (number(row["interval"][0]), number(row["interval"][1])),
-                    "seeds": tuple(row["seeds"]),
-                }
-            )
-            for row in rows
-        ]
+        return [claim_of(row) for row in (content["claims"] if isinstance(content, dict) else content)]
     except (KeyError, TypeError, IndexError) as error:
         raise UserError(
             f"{path} holds a claim without its parts ({error}): delete it and run its chapter again"
@@ -137,7 +122,9 @@ def verdict_table(claims: Iterable["Claim"], figures: Iterable[dict]) -> str:
     for claim in sorted(claims, key=lambda claim: (claim.chapter, claim.id)):
         low, high = claim.interval
         kind = "" if claim.kind == "claim" else f"{claim.kind}: "
-        reason = f" ({claim.reason})" if claim.reason else ""
+        reason = f" ({claim.reason})" if claim.reason else ", fragile" if claim.fragile else ""
+        if claim.referee is not None:
+            reason += f"; {claim.referee.method}: {claim.referee.measured:.3g}, {claim.referee.agreement}"
         lines.append(f"{claim.status:<9}  {claim.chapter}  {kind}{claim.claim}")
         lines.append(
             f"{'':<9}  paper: {claim.paper}; here {claim.measured:.3g} [{low:.3g}, {high:.3g}] {claim.unit}".rstrip()

@@ -12,7 +12,7 @@ tangents 1/3, backward 2/3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from influence_kit.errors import UserError
 from influence_kit.factors import Factors, rotate_columns, rotate_rows
 from influence_kit.gradients import (
     Batch,
@@ -37,7 +38,8 @@ from influence_kit.labels import sample_labels, uniforms
 
 PRODUCT = 4 / 3
 WINDOW = 10  # iterations over which an energy that stands still has arrived
-AT_ONCE = 256  # rows of v times sequences in one pass
+AT_ONCE = 1 << 14  # rows of v times tokens in one pass
+LARGEST = 8_000  # tracked weights whose matrix is held whole: 0.5 GB
 
 
 class GaussNewton:
@@ -82,13 +84,45 @@ class GaussNewton:
     def product(self, vectors: Tensor, rows: Sequence[int] | Tensor | None = None) -> Tensor:
         """(G + lambda) v [Q, D] for v [Q, D], with G the mean over the sequences at `rows` (all by default)."""
         chosen = torch.arange(count(self.sequences)) if rows is None else torch.as_tensor(rows)
-        total, step = torch.zeros_like(vectors), max(AT_ONCE // len(vectors), 1)
+        length = self.sequences["input_ids"].shape[1]
+        total, step = torch.zeros_like(vectors), max(AT_ONCE // (len(vectors) * length), 1)
         with frozen(self.model), Recorder(self.layers) as recorder:
             for part in chosen.split(step):
                 some = {name: tensor[part] for name, tensor in self.sequences.items()}
                 batch = read_batch(some, slice(0, len(part)), device_of(self.model))
                 total += self._summed(recorder, vectors, batch)
         return total / len(chosen) + self.damping_of * vectors
+
+    def dense(self, rows: int = 64) -> Tensor:
+        """G + lambda itself, float64 [D, D], from products with `rows` unit vectors at a time: D products over all sequences.
+
+        Raises UserError where it is too large to be held.
+        """
+        number = len(self.damping_of)
+        if number > LARGEST:
+            raise UserError(
+                f"{number} tracked weights have a Gauss-Newton matrix of {8 * number**2 / 1e9:.1f} GB: take a model of at most {LARGEST}, or "
+                "`solve`, which needs products alone"
+            )
+        found = torch.zeros(number, number, dtype=torch.float64)
+        for start in range(0, number, rows):
+            stop = min(start + rows, number)
+            units = torch.zeros(stop - start, number, dtype=self.damping_of.dtype, device=self.damping_of.device)
+            units[:, start:stop].fill_diagonal_(1)
+            found[start:stop] = self.product(units).double().cpu()
+        return (found + found.T) / 2
+
+    def within_layers(self, matrix: Tensor) -> Tensor:
+        """The matrix [D, D] without what one layer's weights know of another's: a block a layer."""
+        return torch.block_diag(*(matrix[places, places] for places in self._places()))
+
+    def _places(self) -> list[slice]:
+        """Where each layer's weights lie in a flat vector."""
+        found, start = [], 0
+        for p, m in self.shapes.values():
+            found.append(slice(start, start + p * m))
+            start += p * m
+        return found
 
     def _summed(self, recorder: Recorder, vectors: Tensor, batch: Batch) -> Tensor:
         """Sum over a batch's sequences of J^T H J v, [Q, D]: row q of v meets copy q of the batch."""
@@ -135,21 +169,28 @@ class GaussNewton:
         return residual, (vectors * solution).sum(1) ** 2 / (solution * moved).sum(1)
 
 
-def sampled_inverse(curvature: GaussNewton, draws: int = 4, seed: int = 0, batch_size: int = 32) -> Callable[[Tensor], Tensor]:
-    """v -> (F + lambda)^-1 v, [Q, D], where F is the Fisher matrix of the same sequences under `draws` sets of labels drawn from
-    the model: near G + lambda, and solved at once, since F has no more than n = N draws directions (Woodbury's identity).
+def sampled_gradients(curvature: GaussNewton, draws: int, seed: int = 0, batch_size: int = 32) -> Iterator[Tensor]:
+    """Gradients [B, D] of the curvature's sequences under labels drawn from the model, batch after batch, `draws` times over.
 
-    Takes n D numbers, n^2 D + n^3 multiplications once and 2 n D a row of v.
+    The mean of their squares is the Fisher matrix in expectation, and that is the Gauss-Newton matrix.
     """
     model, total = curvature.model, count(curvature.sequences)
-    parts = []
     with frozen(model), Recorder(curvature.layers) as recorder:
         for draw in range(draws):
             for rows in batch_rows(total, batch_size):
                 batch = read_batch(curvature.sequences, rows, device_of(model))
                 chance = uniforms(seed * draws + draw, rows, batch.tokens.shape[1])[:, 1 : batch.length + 1]
                 found = sequence_gradients(model, recorder, batch, partial(sample_labels, draws=chance))[0]
-                parts.append(torch.cat([_outer(each).flatten(1) for each in found.values()], 1))
+                yield torch.cat([_outer(each).flatten(1) for each in found.values()], 1)
+
+
+def sampled_inverse(curvature: GaussNewton, draws: int = 4, seed: int = 0, batch_size: int = 32) -> Callable[[Tensor], Tensor]:
+    """v -> (F + lambda)^-1 v, [Q, D], where F is the Fisher matrix of the same sequences under `draws` sets of labels drawn from
+    the model: near G + lambda, and solved at once, since F has no more than n = N draws directions (Woodbury's identity).
+
+    Takes n D numbers, n^2 D + n^3 multiplications once and 2 n D a row of v.
+    """
+    total, parts = count(curvature.sequences), list(sampled_gradients(curvature, draws, seed, batch_size))
     root = curvature.damping_of.sqrt()
     E = torch.cat(parts).div_(root).div_((draws * total) ** 0.5)
     inner = torch.linalg.cholesky((E @ E.T).double() + torch.eye(len(E), dtype=torch.float64, device=E.device))

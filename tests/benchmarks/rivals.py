@@ -96,7 +96,7 @@ def run_influence_kit(asked: argparse.Namespace, folder: Path) -> dict:
 
 
 def beside_training(asked, model, factors, queries, sequences) -> dict[str, float]:
-    """Seconds of a plain training pass (all weights' gradients) and of scans alone, in turn; the better of two each."""
+    """Seconds of a plain training pass (all weights' gradients) and of scans alone, in turn; the best of four each."""
     import torch
 
     from influence_kit import scoring
@@ -121,7 +121,7 @@ def beside_training(asked, model, factors, queries, sequences) -> dict[str, floa
         )
     }
     found: dict[str, list[float]] = {name: [] for name in ("training pass", *prepared)}
-    for _ in range(2):
+    for _ in range(4):
         at = clock(asked)
         train()
         found["training pass"].append(clock(asked) - at)

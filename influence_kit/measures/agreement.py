@@ -1,0 +1,69 @@
+"""How far scores agree with what a referee saw: retrained models, proximal responses, planted truth."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from influence_kit.errors import UserError
+
+
+def lds(scores, members, outputs) -> np.ndarray:
+    """Linear datamodelling score (Park et al. 2023), [Q]: Spearman's correlation, over subsets of the corpus, of the summed scores
+    of a subset's sequences with what a model retrained on the subset says.
+
+    Args:
+        scores: `[Q, N]`, any method's; nats or not, only the order of sums counts.
+        members: bool `[S, N]`, which sequences each subset holds.
+        outputs: `[S, Q]`, log-probabilities in nats after retraining.
+
+    Raises:
+        UserError: shapes that do not fit, or fewer than three subsets.
+    """
+    scores, members, outputs = np.asarray(scores, float), np.asarray(members, float), np.asarray(outputs, float)
+    if scores.ndim != 2 or members.shape[1:] != scores.shape[1:] or outputs.shape != (len(members), len(scores)):
+        raise UserError(
+            f"Scores have shape {scores.shape}, members {members.shape} and outputs {outputs.shape}; give [Q, N], [S, N] and [S, Q]."
+        )
+    if len(members) < 3:
+        raise UserError(f"{len(members)} subsets are too few for a rank correlation; retrain on more.")
+    return rank_correlations(scores @ members.T, outputs.T)
+
+
+def rank_correlations(a, b) -> np.ndarray:
+    """Spearman's correlation of each row of a with the same row of b, [Q]; nan where a row does not vary."""
+    from scipy.stats import rankdata
+
+    return correlations(*(rankdata(np.asarray(rows, float), axis=1) for rows in (a, b)))
+
+
+def correlations(a, b) -> np.ndarray:
+    """Pearson's correlation of each row of a [Q, K] with the same row of b, [Q]; nan where a row does not vary."""
+    a, b = (np.asarray(rows, float) for rows in (a, b))
+    if a.shape != b.shape or a.ndim != 2:
+        raise UserError(f"Rows of shapes {a.shape} and {b.shape} cannot be correlated; give two [Q, K].")
+    a, b = (rows - rows.mean(1, keepdims=True) for rows in (a, b))
+    size = np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    return np.divide((a * b).sum(1), size, out=np.full(len(a), np.nan), where=size > 0)
+
+
+def slopes(truth, scores) -> np.ndarray:
+    """Slope of the truth on the scores through zero, row by row, [Q]: what a score in nats has to be multiplied with to be right.
+
+    1 for an estimate on the right scale; below 1 where it exaggerates. nan where all scores of a row are 0.
+    """
+    truth, scores = (np.asarray(rows, float) for rows in (truth, scores))
+    size = (scores**2).sum(1)
+    return np.divide((truth * scores).sum(1), size, out=np.full(len(size), np.nan), where=size > 0)
+
+
+def found_at(scores, planted, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """(precision, recall) [Q] of the planted sequences among each query's k highest scores; nan for queries that have none.
+
+    planted: bool `[Q, N]`. Recall is over min(k, number planted), so that a perfect ranking has 1.
+    """
+    from influence_kit.measures.lifts import precision_at
+
+    planted = np.asarray(planted, bool)
+    precision = precision_at(scores, planted, k)
+    most = np.minimum(planted.sum(1), k)
+    return precision, np.divide(precision * k, most, out=np.full(len(most), np.nan), where=most > 0)
