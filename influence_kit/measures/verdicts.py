@@ -38,6 +38,7 @@ class Claim:
         kind: "claim"; "gate" (must pass before a claim is read) or "control" (its answer is known beforehand).
         seeds: labels of the seeds used. rule: the criterion, in words.
         fragile: confirmed, but by so little that an interval half as wide again would not confirm it: other seeds may not.
+        supported: the measured number itself, whatever its interval, satisfies the rule.
         referee: what another method, retraining above all, says of the same sentence; None where nothing was asked.
     """
 
@@ -54,6 +55,7 @@ class Claim:
     rule: str
     reason: str = ""
     fragile: bool = False
+    supported: bool = False
     referee: "Referee | None" = None
 
     def __post_init__(self) -> None:
@@ -72,24 +74,24 @@ class Claim:
         unit: str,
         kind: str = "claim",
         gates: Sequence["Claim"] = (),
-        referee: "tuple[str, Claim] | None" = None,
         **thresholds: float | None,
     ) -> "Claim":
-        """A claim judged from its estimate; `thresholds` are those of `judge`.
-
-        referee: a method in words, and a claim that is confirmed where that method supports this one and refuted where it
-        contradicts it.
-        """
+        """A claim judged from its estimate; `thresholds` are those of `judge`."""
         status, reason = judge(estimate, kind=kind, gates=gates, **thresholds)
         fragile = status == "confirmed" and judge(widened(estimate), kind=kind, gates=gates, **thresholds)[0] != status
-        asked = None if referee is None else Referee.of(status, *referee)
+        supported = judge(widened(estimate, 0), kind="control", **thresholds)[0] == "confirmed"
         rule = describe_rule(**thresholds)
         if gates:
             rule += f"; read only if {', '.join(gate.id for gate in gates)} passed"
         measured = (estimate.value, estimate.interval)
         return cls(
-            id, chapter, claim, paper, *measured, status, kind, estimate.seeds, unit, rule, reason, fragile, asked
+            id, chapter, claim, paper, *measured, status, kind, estimate.seeds, unit, rule, reason, fragile, supported
         )
+
+    def refereed(self, method: str, by: "Claim") -> "Claim":
+        """The claim with what a referee says: a method in words, and a claim of its own that is confirmed where the method
+        supports this one and refuted where it contradicts it."""
+        return replace(self, referee=Referee.of(self, method, by))
 
 
 AGREEMENTS = ("agrees", "disagrees", "undecided")
@@ -97,7 +99,11 @@ AGREEMENTS = ("agrees", "disagrees", "undecided")
 
 @dataclass(frozen=True)
 class Referee:
-    """What another method says of a claim: its own number, its interval, and whether the two agree."""
+    """What another method says of a claim: its own number, its interval, and whether the two agree.
+
+    agreement: "agrees" where both are confirmed or both refuted, "disagrees" where one is each, "undecided" else. same_side: the two
+    measured numbers, whatever their intervals, speak for the same answer.
+    """
 
     method: str
     claim: str  # the id of the referee's own claim
@@ -106,13 +112,15 @@ class Referee:
     unit: str
     status: str
     agreement: str
+    same_side: bool
 
     @classmethod
-    def of(cls, status: str, method: str, claim: Claim) -> "Referee":
-        """Two claims agree where both are confirmed or both refuted, disagree where one is each, and are undecided else."""
-        both = {status, claim.status}
+    def of(cls, claim: Claim, method: str, by: Claim) -> "Referee":
+        """What `by` says of `claim`."""
+        both = {claim.status, by.status}
         agreement = "undecided" if "undecided" in both else "agrees" if len(both) == 1 else "disagrees"
-        return cls(method, claim.id, claim.measured, claim.interval, claim.unit, claim.status, agreement)
+        same = claim.supported == by.supported
+        return cls(method, by.id, by.measured, by.interval, by.unit, by.status, agreement, same)
 
 
 def widened(estimate: Estimate, by: float = 1.5) -> Estimate:
@@ -294,8 +302,10 @@ def _asked(claim: Claim) -> str:
     """The referee's cell of a table: its number, and whether it agrees."""
     if (asked := claim.referee) is None:
         return "–"
-    words = {"agrees": "agrees", "disagrees": "**EK-FAC and it disagree**", "undecided": f"{asked.status}, so undecided"}
-    return f"{asked.method}: {Estimate(asked.measured, *asked.interval, 0)} {asked.unit}; {words[asked.agreement]}"
+    words = {"agrees": "agrees", "disagrees": "**EK-FAC and it disagree**", "undecided": "undecided"}[asked.agreement]
+    if asked.agreement == "undecided":
+        words += ", same side" if asked.same_side else ", **other side**"
+    return f"{asked.method}: {Estimate(asked.measured, *asked.interval, 0)} {asked.unit}; {words}"
 
 
 def summarise_table(table: "pandas.DataFrame") -> dict:

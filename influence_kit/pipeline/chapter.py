@@ -329,17 +329,25 @@ class Chapter:
         unit: str = "",
         kind: str = "claim",
         gates=(),
-        referee: tuple[str, Claim] | None = None,
         **rule,
     ) -> Claim:
-        """Judge an estimate by a rule fixed beforehand (`confirm_above`, `confirm_below`, …) and keep the verdict.
+        """Judge an estimate by a rule fixed beforehand (`confirm_above`, `confirm_below`, …) and keep the verdict."""
+        from influence_kit.measures.verdicts import Claim
 
-        referee: a method in words ("leave-tier-out retraining") and the claim that says what it found.
-        """
-        from influence_kit.measures.verdicts import Claim, write_json
+        return self._keep(Claim.from_estimate(id, self.name, claim, paper, estimate, unit, kind, gates, **rule))
 
-        made = Claim.from_estimate(id, self.name, claim, paper, estimate, unit, kind, gates, referee, **rule)
-        self.claims = [old for old in self.claims if old.id != id] + [made]
+    def refereed(self, id: str, method: str, by: Claim) -> Claim:
+        """Put beside a claim what a referee found: a method in words ("retraining"), and a claim of its own that is confirmed
+        where the method supports the claim. Raises UserError where the chapter has made no such claim."""
+        known = {claim.id: claim for claim in self.claims}
+        if id not in known:
+            raise UserError(f"chapter {self.name} has made no claim {id!r} yet, only {', '.join(known) or 'none'}")
+        return self._keep(known[id].refereed(method, by))
+
+    def _keep(self, made: Claim) -> Claim:
+        from influence_kit.measures.verdicts import write_json
+
+        self.claims = [old for old in self.claims if old.id != made.id] + [made]
         (self.folder / "claims").mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "claims" / f"{self.name}.json", [asdict(one) for one in self.claims])
         return made

@@ -9,8 +9,9 @@ from collections import defaultdict
 from pathlib import Path
 
 from influence_kit.errors import UserError
-from influence_kit.measures.verdicts import read_verdicts, verdict_table_markdown
+from influence_kit.measures.verdicts import STATUSES, Claim, merge, read_verdicts, verdict_table_markdown
 from influence_kit.pipeline.machine import repository
+from influence_kit.pipeline.publish import read_claims
 from influence_kit.pipeline.run import clock
 
 WHAT = {
@@ -23,13 +24,29 @@ WHAT = {
 
 
 def verdicts(folder: Path) -> str:
-    """The verdict table of a committed run, and how its figures compare with what is expected."""
-    claims, figures = read_verdicts(folder / "verdicts.json")
+    """A row a chapter: the claim that it opens with, and how its others came out; and how figures compare with what is expected."""
+    made = {path.stem: read_claims(path) for path in sorted((folder / "claims").glob("*.json"))}
+    rows = ["| chapter | headline | paper | here | others |", "| --- | --- | --- | --- | --- |"]
+    for chapter, claims in made.items():
+        first, *rest = [claim for claim in claims if claim.kind == "claim"] or [None]
+        words = {status: sum(claim.status == status for claim in rest) for status in STATUSES}
+        others = ", ".join(f"{count} {status}" for status, count in words.items() if count) or "–"
+        headline = "gates and controls alone | – | –" if first is None else " | ".join(headline_cells(first))
+        rows.append(f"| [{chapter}](notebooks/{chapter}.ipynb) | {headline} | {others} |")
+    (folder / "verdicts.md").write_text(f"# Every claim of this run\n\n{verdict_table_markdown(merge(*made.values()))}")
     counts: dict[str, int] = defaultdict(int)
-    for figure in figures:
+    for figure in read_verdicts(folder / "verdicts.json")[1]:
         counts[figure["status"]] += 1
     told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-    return f"{verdict_table_markdown(claims)}\nFigures: {told}.\n"
+    every = sum(len(claims) for claims in made.values())
+    return "\n".join(rows) + f"\n\nAll {every} claims, gates and controls: [the table](figures/{folder.name}/verdicts.md). Figures: {told}.\n"
+
+
+def headline_cells(claim: Claim) -> list[str]:
+    """Claim, paper and verdict of a row, as Markdown cells, with the referee's word where there is one."""
+    cells = verdict_table_markdown([claim]).splitlines()[2].strip("| ").split(" | ")
+    _, sentence, paper, measured, _, verdict, asked = cells
+    return [sentence, paper, f"{verdict}: {measured}" + (f"; {asked}" if claim.referee else "")]
 
 
 def times(folder: Path) -> str:

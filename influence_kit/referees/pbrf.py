@@ -40,7 +40,7 @@ class Response:
 
 
 class ProximalResponse:
-    """Solves for the response of one model to single sequences, over one sample of its training sequences, in float64."""
+    """Solves for the response of one model to single sequences, over one sample of its training sequences, in float64 on the CPU."""
 
     def __init__(
         self, model: nn.Module, factors: Factors, sample: Mapping[str, Tensor], damping: float = 0.1, batch_size: int = 512
@@ -50,7 +50,7 @@ class ProximalResponse:
         The solver works in coordinates in which the damped Fisher matrix, sampled, is the identity: that changes its speed and not
         its answer. Raises UserError where that matrix is too large to be held whole.
         """
-        self.model = copy.deepcopy(model).double()
+        self.model = in_float64(model)
         self.curvature = GaussNewton(self.model, factors, sample, damping)
         self.weights = [
             weight
@@ -82,18 +82,17 @@ class ProximalResponse:
         self,
         sequence: Mapping[str, Tensor],
         queries: Mapping[str, Tensor],
-        eps: float | None = None,
-        tolerance: float = 1e-4,
+        eps: float,
+        tolerance: float = 1e-3,
         most: int = 600,
     ) -> Response:
-        """The response of the queries' log p to more weight on one sequence; eps is 1 / N by default, one more copy in the sample.
+        """The response of the queries' log p to more weight on one sequence: eps = 1 / N is one more copy in a corpus of N.
 
         sequence: one row. tolerance: of the gradient's norm, relative to where it began.
         Raises UserError where `most` evaluations were not enough: an unconverged response is none.
         """
         from scipy.optimize import minimize
 
-        eps = 1 / self.total if eps is None else eps
         asked, read = read_batch(sequence, slice(0, 1)), read_batch(queries, slice(0, count(queries)))
         with frozen(self.model):
             try:
@@ -176,6 +175,19 @@ class ProximalResponse:
             if layer.bias is not None:
                 found.append(part[:, width])
         return found
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """A copy on the CPU that computes in float64 throughout; transformers' RMSNorm would round to float32 inside."""
+    found = copy.deepcopy(model).cpu().double()
+    for parent in list(found.modules()):
+        for name, module in parent.named_children():
+            if type(module).__name__.endswith("RMSNorm") and not isinstance(module, nn.RMSNorm):
+                eps = getattr(module, "variance_epsilon", getattr(module, "eps", 1e-6))
+                exact = nn.RMSNorm(module.weight.shape, eps, dtype=torch.float64)
+                exact.weight = module.weight  # type: ignore[assignment]
+                setattr(parent, name, exact)
+    return found
 
 
 def _losses(model: nn.Module, batch: Batch) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from influence_kit.ekfac import fit_ekfac
 from influence_kit.errors import UserError
 from influence_kit.factors import Factors
-from influence_kit.gradients import batch_rows, count, frozen, read_batch
+from influence_kit.gradients import batch_rows, count, device_of, frozen, read_batch
 from influence_kit.measures.lexical import bm25, idf_overlap, token_counts
 from influence_kit.referees.curvature import GaussNewton
 from influence_kit.referees.lissa import lissa, top_eigenvalue
@@ -150,7 +150,7 @@ def block_diagonal(s: Setting) -> Tensor:
 
 def _solved(s: Setting, matrix: Tensor) -> Tensor:
     vectors = s.curvature.gradients(s.queries)
-    found = torch.cholesky_solve(vectors.double().T, torch.linalg.cholesky(matrix)).T
+    found = torch.cholesky_solve(vectors.double().cpu().T, torch.linalg.cholesky(matrix)).T
     return s.curvature.scores(found.to(vectors), s.sequences, 256)
 
 
@@ -181,7 +181,8 @@ def _states(model: nn.Module, sequences: Batch, layer: int) -> Tensor:
         for rows in batch_rows(count(sequences), 256):
             batch = read_batch(sequences, rows)
             read = batch.tokens[:, : batch.length + 1]
-            states = model(input_ids=read, output_hidden_states=True, use_cache=False).hidden_states[layer]
+            asked = read.to(device_of(model))
+            states = model(input_ids=asked, output_hidden_states=True, use_cache=False).hidden_states[layer].float().cpu()
             last = (batch.loss_mask[:, : read.shape[1]] * torch.arange(read.shape[1])).amax(1, keepdim=True)
             kept = (torch.arange(read.shape[1])[None] <= last)[..., None]
             found.append(nn.functional.normalize((states * kept).sum(1), dim=1))

@@ -118,9 +118,31 @@ def test_markdown_table():
     lines = table.splitlines()
     assert lines[2] == (
         "| 04_abstraction | gate: meaning beats words | theme at 52B | 0.30 [0.20, 0.40] ratio | 3 "
-        "| *undecided* (the interval reaches over the threshold) |"
+        "| *undecided* (the interval reaches over the threshold) | – |"
     )
-    assert lines[3] == "| 04_abstraction | a \\| b | 0.38 | 2.5 [2.0, 3.0] ratio | 3 | *confirmed* |"
+    assert lines[3] == "| 04_abstraction | a \\| b | 0.38 | 2.5 [2.0, 3.0] ratio | 3 | *confirmed* | – |"
+
+
+def test_a_claim_confirmed_by_a_hair_is_fragile():
+    made = [claim(low=low, high=2.5 + (2.5 - low), confirm_above=1) for low in (1.1, 1.6)]
+    assert [(c.status, c.fragile) for c in made] == [("confirmed", True), ("confirmed", False)]
+    assert not claim(low=0.5, high=4.5, confirm_above=1).fragile  # undecided as it is
+    assert "(fragile)" in verdicts.verdict_table_markdown(made[:1])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "agreement", "same_side"),
+    [(1.2, 3.8, "agrees", True), (-3.8, -1.2, "disagrees", False), (-1, 6, "undecided", True), (-6, 1, "undecided", False)],
+)
+def test_a_referee_agrees_disagrees_or_does_not_know(tmp_path, low, high, agreement, same_side):
+    by = claim("retraining", low=low, high=high, confirm_above=0)
+    made = claim("a", low=2, high=3, confirm_above=1).refereed("retraining", by)
+    assert (made.referee.agreement, made.referee.same_side, made.referee.claim) == (agreement, same_side, "retraining")
+    verdicts.write_verdicts(tmp_path / "v.json", [made, by])
+    assert verdicts.read_verdicts(tmp_path / "v.json")[0][0] == made
+    words = {"agrees": "agrees", "disagrees": "**EK-FAC and it disagree**"}
+    words["undecided"] = "same side" if same_side else "**other side**"
+    assert words[agreement] in verdicts.verdict_table_markdown([made])
 
 
 def table(scale: float = 1.0, n: int = 200) -> pd.DataFrame:

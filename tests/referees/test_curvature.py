@@ -157,3 +157,27 @@ def test_lissa_says_so_when_it_diverges_and_when_it_is_asked_nonsense():
 
 def test_a_product_counts_a_pass_and_a_third():
     assert PRODUCT == pytest.approx(1 / 3 + 1 / 3 + 2 / 3)
+
+
+def test_the_matrix_itself_comes_out_of_its_products(case):
+    _, _, _, dense, curvature = case
+    expected = dense + curvature.damping_of.diag()
+    found = curvature.dense(rows=50)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_a_block_a_layer_is_left_within_layers(case):
+    _, _, _, _dense, curvature = case
+    sizes = [p * m for p, m in curvature.shapes.values()]
+    number = sum(sizes)
+    found = curvature.within_layers(torch.ones(number, number))
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    assert torch.equal(found, (owner[:, None] == owner[None]).float())
+
+
+def test_a_matrix_too_large_to_hold_is_refused(case, monkeypatch):
+    from influence_kit.referees import curvature as module
+
+    monkeypatch.setattr(module, "LARGEST", 10)
+    with pytest.raises(UserError, match="tracked weights have a Gauss-Newton matrix of .* at most 10"):
+        case[-1].dense()

@@ -45,7 +45,7 @@ def rivals(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> No
             began = time.perf_counter()
             values = method(setting)
             taken = torch.tensor(time.perf_counter() - began)
-            save_file({"values": values.float().contiguous(), "seconds": taken}, path.with_suffix(".part"))
+            save_file({"values": values.cpu().float().contiguous(), "seconds": taken}, path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)
         progress(number + 1, len(methods), name)
     found = {f"{number:03}": load_file(kept / f"{number:03}.safetensors") for number in range(len(methods))}

@@ -1,0 +1,86 @@
+"""Random halves, and the bank of models retrained on them: nothing that was trained is lost by a kill."""
+
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from influence_kit import models
+from influence_kit.corpora.atlas import Atlas, build
+from influence_kit.corpora.world import World, batch_of
+from influence_kit.errors import UserError
+from influence_kit.pipeline.stages import bank as stage
+from influence_kit.pipeline.stages.influence import scored_queries
+from influence_kit.pipeline.stages.train import train
+from influence_kit.referees.retraining import random_halves
+
+SMALL = {"entities": 8, "relations": 2, "values": 4, "templates": 2, "facts_per_document": 1, "filler_words": 6, "noise_words": 12}
+SMALL |= {"canaries": 1, "repetitions": (2,), "documents": 120, "most_supporters": 60, "held_out": 20, "queries": 4}
+
+
+def quiet(*_):
+    pass
+
+
+def test_halves_come_in_pairs_that_share_nothing():
+    found = random_halves(11, 6, seed=3)
+    assert found.shape == (6, 11) and found[0].sum() == 5
+    for first, second in zip(found[::2], found[1::2], strict=True):
+        assert (first ^ second).all()
+    assert not np.array_equal(found[0], found[2])
+    assert np.array_equal(found, random_halves(11, 6, seed=3)) and not np.array_equal(found, random_halves(11, 6, seed=4))
+    with pytest.raises(UserError, match="0 halves of 11"):
+        random_halves(11, 0, seed=3)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(folders of a tiny world and a model trained on it, the bank's parameters)"""
+    root = tmp_path_factory.mktemp("bank")
+    folders = {name: root / name for name in ("world", "model")}
+    build(Atlas(**SMALL)).save(folders["world"])
+    recipe = asdict(models.Recipe(batch_size=8, warmup_steps=2, evaluations=2, learning_rate=1e-2))
+    trained = {"architecture": "gpt_neox", "width": 16, "depth": 1, "device": "cpu", "recipe": recipe}
+    train(trained, folders, folders["model"], quiet)
+    return folders, {"model": trained, "subsets": 4, "repeats": 2, "seed": 7, "fraction": 1.0, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def whole(made, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    stage.bank(made[1], made[0], out, quiet)
+    return load_file(out / "bank.safetensors")
+
+
+def test_an_answer_is_that_of_a_model_trained_on_its_half(made, whole, tmp_path):
+    folders, parameters = made
+    world, trained = World.load(folders["world"]), parameters["model"]
+    asked = scored_queries(world)
+    assert whole["log_p"].shape == (4, 2, len(asked)) and np.array_equal(whole["queries"], asked)
+    recipe = models.Recipe(**{**trained["recipe"], "checkpoints": (1.0,), "seed": stage.APART})
+    config = models.configure("gpt_neox", world.vocabulary_size, 16, 1, world.context)
+    half = batch_of(world.sequences, np.flatnonzero(whole["members"][2]))
+    models.train(config, half, batch_of(world.held_out), recipe, tmp_path)
+    log_p, _ = models.evaluate(models.load(tmp_path), batch_of(world.queries, asked))
+    assert np.array_equal(whole["log_p"][2, 1], log_p.numpy())
+
+
+def test_a_killed_bank_trains_no_model_twice_and_ends_the_same(made, whole, tmp_path, monkeypatch):
+    folders, parameters = made
+    calls, real = [], stage.models.train
+
+    def counted(*arguments, **named):
+        if len(calls) == 5 and not calls[-1] == "killed":
+            calls.append("killed")
+            raise KeyboardInterrupt
+        calls.append("trained")
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(stage.models, "train", counted)
+    with pytest.raises(KeyboardInterrupt):
+        stage.bank(parameters, folders, tmp_path, quiet)
+    stage.bank(parameters, folders, tmp_path, quiet)
+    assert calls.count("trained") == 8
+    again = load_file(tmp_path / "bank.safetensors")
+    assert all(np.array_equal(again[name], whole[name]) for name in whole)
