@@ -24,7 +24,7 @@ def without_translations(world: World, seed: int) -> World:
     language = world.sequences["language"].to_numpy()
     facts = token_matrix(world.sequences, "facts").copy()
     stated = [np.unique(facts[language == one]) for one in (0, 1)]
-    both = np.intersect1d(*stated)
+    both = np.intersect1d(*stated)  # type: ignore[call-overload]
     both, alone = both[both >= 0], np.setdiff1d(stated[1], stated[0])
     alone = alone[alone >= 0]
     if len(both) < 2 or not len(alone):

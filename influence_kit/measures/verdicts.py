@@ -79,7 +79,7 @@ class Claim:
         """A claim judged from its estimate; `thresholds` are those of `judge`."""
         status, reason = judge(estimate, kind=kind, gates=gates, **thresholds)
         fragile = status == "confirmed" and judge(widened(estimate), kind=kind, gates=gates, **thresholds)[0] != status
-        supported = judge(widened(estimate, 0), kind="control", **thresholds)[0] == "confirmed"
+        supported = judge(widened(estimate, 0), kind="control", gates=(), **thresholds)[0] == "confirmed"
         rule = describe_rule(**thresholds)
         if gates:
             rule += f"; read only if {', '.join(gate.id for gate in gates)} passed"

@@ -347,7 +347,10 @@ class Chapter:
     def _keep(self, made: Claim) -> Claim:
         from influence_kit.measures.verdicts import write_json
 
-        self.claims = [old for old in self.claims if old.id != made.id] + [made]
+        if any(old.id == made.id for old in self.claims):  # a claim keeps its place: a chapter opens with its headline
+            self.claims = [made if old.id == made.id else old for old in self.claims]
+        else:
+            self.claims.append(made)
         (self.folder / "claims").mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "claims" / f"{self.name}.json", [asdict(one) for one in self.claims])
         return made

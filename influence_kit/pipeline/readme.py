@@ -28,7 +28,8 @@ def verdicts(folder: Path) -> str:
     made = {path.stem: read_claims(path) for path in sorted((folder / "claims").glob("*.json"))}
     rows = ["| chapter | headline | paper | here | others |", "| --- | --- | --- | --- | --- |"]
     for chapter, claims in made.items():
-        first, *rest = [claim for claim in claims if claim.kind == "claim"] or [None]
+        judged = [claim for claim in claims if claim.kind == "claim"]
+        first, rest = judged[0] if judged else None, judged[1:]
         words = {status: sum(claim.status == status for claim in rest) for status in STATUSES}
         others = ", ".join(f"{count} {status}" for status, count in words.items() if count) or "–"
         headline = "gates and controls alone | – | –" if first is None else " | ".join(headline_cells(first))

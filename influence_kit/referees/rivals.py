@@ -240,15 +240,15 @@ def methods_for(model: nn.Module, exactly: bool) -> dict[str, Method]:
     solve with the Gauss-Newton matrix itself, which small models alone can afford."""
     slow = ("exact", "block-diagonal", "LiSSA")
     found = {name: method for name, method in METHODS.items() if exactly or name not in slow}
-    depth = int(model.config.num_hidden_layers)
+    depth = int(model.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
     for layer in sorted({0, (depth + 1) // 2, depth}):
-        found[f"representations, {layer} of {depth} blocks"] = lambda s, layer=layer: representations(s, layer)
+        found[f"representations, {layer} of {depth} blocks"] = lambda s, layer=layer: representations(s, layer)  # type: ignore[misc]
     return found
 
 
 def damping_sweep(dampings: tuple[float, ...]) -> dict[str, Method]:
     """EK-FAC at other dampings, as shares of the mean eigenvalue."""
-    return {f"EK-FAC, damping {d:g}": lambda s, d=d: s.score(s.fit(), d).values for d in dampings}
+    return {f"EK-FAC, damping {d:g}": lambda s, d=d: s.score(s.fit(), d).values for d in dampings}  # type: ignore[misc]
 
 
 def variants(sizes: tuple[int, ...], fractions: tuple[float, ...]) -> dict[str, Method]:
@@ -258,6 +258,9 @@ def variants(sizes: tuple[int, ...], fractions: tuple[float, ...]) -> dict[str, 
         return s.score(s.fit(sample={name: tensor[:size] for name, tensor in s.sample.items()})).values
 
     found: dict[str, Method] = {"EK-FAC, empirical Fisher": lambda s: s.score(s.fit("ekfac", "data")).values}
-    found |= {f"EK-FAC, fitted on {n}": lambda s, n=n: fewer(s, n) for n in sizes}
-    found |= {f"EK-FAC, at {f:.0%} of training": lambda s, f=f: s.score(s.fit(at=f), at=f).values for f in fractions}
+    found |= {f"EK-FAC, fitted on {n}": lambda s, n=n: fewer(s, n) for n in sizes}  # type: ignore[misc]
+    found |= {
+        f"EK-FAC, at {f:.0%} of training": lambda s, f=f: s.score(s.fit(at=f), at=f).values  # type: ignore[misc]
+        for f in fractions
+    }
     return found

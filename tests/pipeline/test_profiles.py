@@ -155,3 +155,41 @@ def test_costs_rest_on_the_size_that_a_world_has(corpus, tmp_path):
     world, (sequences, length, words) = World.load(tmp_path), grid.shape(stage)
     assert (sequences, length) == (world.sequences.num_rows, world.context)
     assert words == pytest.approx(world.vocabulary_size, rel=0.1)
+
+
+def test_an_arm_may_replace_statements_of_a_world_as_it_stands():
+    profile = load_profile("smoke")
+    base, arm = (grid.planted_grid(profile, "atlas", [name], (), [16])[0] for name in ("base", "without_translations"))
+    assert arm.world.inputs["world"].fingerprint == base.world.fingerprint
+    assert grid.shape(arm.world) == grid.shape(base.world) and arm.model.parameters == base.model.parameters
+    assert base.world.fingerprint in {stage.fingerprint for stage in arm.stages}
+
+
+def test_sizes_may_have_an_architecture_of_their_own():
+    neox, llama = grid.planted_grid(load_profile("smoke"), "little_atlas")
+    assert [one.model.parameters["architecture"] for one in (neox, llama)] == ["gpt_neox", "llama"]
+    assert neox.world.fingerprint == llama.world.fingerprint and "llama" in llama.model.label
+
+
+def test_referees_know_how_the_model_was_trained_and_need_no_scan():
+    (one, _) = grid.planted_grid(load_profile("smoke"), "little_atlas", extra=("rivals", "response", "bank"))
+    for (kind, _), stage in one.extra.items():
+        assert stage.parameters["model"] == one.model.parameters and set(stage.inputs) == {"world", "model"}, kind
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("ladder", {"arms": {"less": {"without": "translations"}}}, "`without` replaces statements of Atlas"),
+        ("atlas", {"arms": {"less": {"without": "names"}}}, "without"),
+        ("little_atlas", {"family": {"sizes": [{"width": 16, "architecture": "rwkv"}]}}, "architecture 'rwkv' is not one of"),
+        ("little_atlas", {"extra": {"jury": {}}}, "there is no stage 'jury'"),
+    ],
+)
+def test_a_referee_section_that_cannot_be_is_refused(section, change, message, tmp_path):
+    content = yaml.safe_load((FOLDER / "smoke.yaml").read_text())
+    content[section] |= change
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=message):
+        load_profile(str(path))

@@ -84,3 +84,16 @@ def test_a_killed_bank_trains_no_model_twice_and_ends_the_same(made, whole, tmp_
     assert calls.count("trained") == 8
     again = load_file(tmp_path / "bank.safetensors")
     assert all(np.array_equal(again[name], whole[name]) for name in whole)
+
+
+def test_responses_are_asked_for_the_most_influential_of_each_query_in_turn_and_for_others():
+    import torch
+
+    from influence_kit.pipeline.stages.response import chosen
+
+    scores = torch.tensor([[0.0, -9.0, 1.0, 8.0, 0.5, 0.1], [7.0, 0.0, 0.2, 6.0, 0.0, 0.0]])
+    found = chosen(scores, 6, seed=0)
+    assert len(set(found.tolist())) == 6
+    assert {1, 0, 3} <= set(chosen(scores, 6, seed=1).tolist())
+    assert set(chosen(scores, 4, seed=0).tolist()) >= {1, 0}  # the largest of the first query, then of the second
+    assert np.array_equal(chosen(scores, 4, seed=2), chosen(scores, 4, seed=2))

@@ -18,7 +18,7 @@ from influence_kit.corpora.world import World, batch_of
 from influence_kit.factors import Factors
 from influence_kit.pipeline.stages import tuples
 from influence_kit.pipeline.stages.influence import scan_rows, scored_queries
-from influence_kit.referees.rivals import METHODS, Method, Setting, damping_sweep, methods_for, variants
+from influence_kit.referees.rivals import METHODS, Method, Setting, damping_sweep, methods_for, variants  # noqa: F401 METHODS by name
 
 SALT = 0x217A
 
