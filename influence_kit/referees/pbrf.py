@@ -25,6 +25,14 @@ from influence_kit.referees.curvature import LARGEST, GaussNewton, sampled_gradi
 DRAWS = 32  # sets of labels drawn for the coordinates
 
 
+class Unconverged(UserError):
+    """A response that the solver did not reach: `gradient` (the share of it that is left) and `evaluations`."""
+
+    def __init__(self, message: str, gradient: float, evaluations: int) -> None:
+        super().__init__(message)
+        self.gradient, self.evaluations = gradient, evaluations
+
+
 @dataclass(frozen=True)
 class Response:
     """What more weight on one sequence did.
@@ -89,7 +97,7 @@ class ProximalResponse:
         """The response of the queries' log p to more weight on one sequence: eps = 1 / N is one more copy in a corpus of N.
 
         sequence: one row. tolerance: of the gradient's norm, relative to where it began.
-        Raises UserError where `most` evaluations were not enough: an unconverged response is none.
+        Raises Unconverged where `most` evaluations were not enough: an unconverged response is none.
         """
         from scipy.optimize import minimize
 
@@ -114,9 +122,11 @@ class ProximalResponse:
                 found = minimize(objective, begin, method="L-BFGS-B", jac=True, callback=stop, options=options)
                 left = float(np.linalg.norm(objective(found.x)[1])) / norm
                 if not left <= tolerance:
-                    raise UserError(
+                    raise Unconverged(
                         f"the proximal response has not converged: after {found.nfev} evaluations {left:.1e} of the gradient is "
-                        f"left, {tolerance:.0e} was asked for; raise most={most} or damping"
+                        f"left, {tolerance:.0e} was asked for; raise most={most} or damping",
+                        left,
+                        int(found.nfev),
                     )
                 after = self._log_p(read)
             finally:

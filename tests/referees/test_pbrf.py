@@ -88,3 +88,12 @@ def test_a_model_too_large_is_refused_before_any_work(case, monkeypatch):
     monkeypatch.setattr(pbrf, "LARGEST", 100)
     with pytest.raises(UserError, match="tracked weights are too many.*at most 100"):
         ProximalResponse(model, solver.curvature.factors, sample)
+
+
+def test_an_unconverged_response_becomes_none_in_a_run_and_stops_nothing(case):
+    from influence_kit.pipeline.stages.response import responded
+
+    _, sample, queries, solver = case
+    found = responded(solver, row(sample, 0), queries, 1e-4, 1e-12)
+    assert bool(torch.isnan(found.log_p).all()) and len(found.log_p) == 3 and found.gradient > 1e-12
+    assert bool(torch.isfinite(responded(solver, row(sample, 0), queries, 1e-4, 1e-3).log_p).all())

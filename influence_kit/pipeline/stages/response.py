@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from influence_kit.corpora.world import World
+from influence_kit.gradients import count
 from influence_kit.pipeline.stages.influence import scored_queries
 from influence_kit.pipeline.stages.rivals import scored, setting_of
-from influence_kit.referees.pbrf import ProximalResponse
+from influence_kit.referees.pbrf import ProximalResponse, Response, Unconverged
 
 
 def response(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
@@ -22,7 +24,7 @@ def response(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> 
     (columns of the rivals' scores), queries int64 [Q]; solved.parquet: place, gradient (left of it), evaluations.
 
     parameters: those of `rivals`, of which it needs the same sample; responses (M), tolerance, and an extra's own.
-    Raises UserError where a response does not converge. Each is kept as soon as it is there.
+    A response that does not converge is none: nan, and what was left of its gradient says so. Each is kept as soon as it is there.
     """
     world = World.load(inputs["world"])
     setting = setting_of(world, parameters, inputs["model"], out / "resume" / "factors.safetensors")
@@ -33,7 +35,7 @@ def response(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> 
         path = out / "resume" / f"{number:04}.safetensors"
         if not path.exists():
             sequence = {name: tensor[place : place + 1] for name, tensor in setting.sequences.items()}
-            one = solver.respond(sequence, setting.queries, 1 / world.sequences.num_rows, parameters["tolerance"])
+            one = responded(solver, sequence, setting.queries, 1 / world.sequences.num_rows, parameters["tolerance"])
             about = torch.tensor([one.gradient, float(one.evaluations)], dtype=torch.float64)
             save_file({"log_p": one.log_p.contiguous(), "about": about}, path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)
@@ -44,6 +46,15 @@ def response(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> 
     left, evaluations = (np.array([float(each["about"][i]) for each in found]) for i in (0, 1))
     columns = {"place": places, "row": scored(world, parameters)[places], "gradient": left, "evaluations": evaluations}
     pq.write_table(pa.table(columns), out / "solved.parquet")
+
+
+def responded(solver: ProximalResponse, sequence: dict, queries: Mapping[str, torch.Tensor], eps: float, tolerance: float) -> Response:
+    """The response to one sequence; of nan where it does not converge."""
+    try:
+        return solver.respond(sequence, queries, eps, tolerance)
+    except Unconverged as refused:
+        nothing = torch.full((count(queries),), torch.nan, dtype=torch.float64)
+        return Response(nothing, refused.gradient, refused.evaluations)
 
 
 def chosen(scores: torch.Tensor, number: int, seed: int) -> np.ndarray:
