@@ -34,7 +34,8 @@ class Claim:
         id: unique name. chapter: stem of the notebook that makes it.
         claim: the sentence that is tested. paper: the paper's number or words.
         measured: our number in `unit`. interval: its ends.
-        status: confirmed, refuted or undecided. reason: why it is undecided; empty otherwise.
+        status: confirmed, refuted or undecided. reason: why it is undecided, or what other seeds say of a confirmed
+            claim that they do not confirm; empty otherwise.
         kind: "claim"; "gate" (must pass before a claim is read) or "control" (its answer is known beforehand).
         seeds: labels of the seeds used. rule: the criterion, in words.
         fragile: confirmed, but by so little that an interval half as wide again would not confirm it: other seeds may not.

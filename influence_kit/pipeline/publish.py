@@ -1,10 +1,12 @@
 """From the cache to `figures/<profile>/`: files, provenance, and the verdicts over all chapters."""
 
 import json
+import math
 import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,8 @@ from influence_kit.pipeline.cache import Stage, record, sha256
 
 if TYPE_CHECKING:
     from influence_kit.measures.verdicts import Claim
+
+OTHER_SEEDS = "other_seeds.json"  # what a run of other seeds says of the same claims
 
 
 def publish(folder: Path, chapters: Sequence[Stage], update_expected: bool = False) -> tuple[list["Claim"], list[dict]]:
@@ -30,7 +34,7 @@ def publish(folder: Path, chapters: Sequence[Stage], update_expected: bool = Fal
         _bring(chapter, folder, known)
     write_json(folder / "provenance.json", known)
     figures = _judge_figures(folder, update_expected)
-    claims = [claim for path in sorted(folder.glob("claims/*.json")) for claim in read_claims(path)]
+    claims = [claim for made in claims_of(folder).values() for claim in made]
     write_verdicts(folder / "verdicts.json", claims, figures)
     return claims, figures
 
@@ -114,6 +118,49 @@ def read_claims(path: Path) -> list["Claim"]:
         raise UserError(
             f"{path} holds a claim without its parts ({error}): delete it and run its chapter again"
         ) from error
+
+
+def claims_of(folder: Path) -> dict[str, list["Claim"]]:
+    """The claims of a run by chapter; a confirmed one that `other_seeds.json` does not confirm is fragile, and its reason says why."""
+    others = _read(folder / OTHER_SEEDS, {})
+    paths = sorted(folder.glob("claims/*.json"))
+    return {path.stem: [_beside(claim, others.get(claim.id)) for claim in read_claims(path)] for path in paths}
+
+
+def _beside(claim: "Claim", other: dict | None) -> "Claim":
+    if other is None or claim.status != "confirmed" or other["status"] == "confirmed":
+        return claim
+    from influence_kit.measures.intervals import Estimate
+
+    low, high = other["interval"]
+    number = Estimate(other["measured"], low, high, 0)
+    seeds = ", ".join(map(str, other["seeds"]))
+    return replace(claim, fragile=True, reason=f"fragile: on seeds {seeds} it is {other['status']}, {number}")
+
+
+def keep_other_seeds(folder: Path, run: Path) -> tuple[int, int]:
+    """Keep what another run, of other seeds, says of the claims in `folder`, in its other_seeds.json; chapters that the other
+    run lacks keep what is there. Returns how many of the claims confirmed here it has, and how many it confirms.
+
+    Raises UserError where the other run has no claims, or the same seeds.
+    """
+    from influence_kit.measures.verdicts import write_json
+
+    here = {claim.id: claim for made in claims_of(folder).values() for claim in made}
+    there = [claim for made in claims_of(run).values() for claim in made if claim.kind == "claim" and claim.id in here]
+    if not there:
+        raise UserError(f"{run} has no claim of those in {folder}: give the figures of a run with other --seeds")
+    if same := [claim.id for claim in there if claim.seeds and set(claim.seeds) & set(here[claim.id].seeds)]:
+        raise UserError(f"{run} has seeds of {folder} ({same[0]}, seeds {here[same[0]].seeds}): run it with other --seeds")
+    # A claim without a number on those seeds says nothing, and JSON has no nan.
+    rows = {
+        claim.id: {"measured": claim.measured, "interval": claim.interval, "status": claim.status, "seeds": claim.seeds}
+        for claim in there
+        if math.isfinite(claim.measured)
+    }
+    write_json(folder / OTHER_SEEDS, _read(folder / OTHER_SEEDS, {}) | rows)
+    both = [claim for claim in there if here[claim.id].status == "confirmed"]
+    return len(both), sum(claim.status == "confirmed" for claim in both)
 
 
 def verdict_table(claims: Iterable["Claim"], figures: Iterable[dict]) -> str:

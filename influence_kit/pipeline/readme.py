@@ -1,4 +1,7 @@
-"""The parts of README.md that a run writes: verdicts, figures, times. `python -m influence_kit.pipeline.readme [--profile laptop]`."""
+"""The parts of README.md that a run writes: verdicts, figures, times.
+
+    python -m influence_kit.pipeline.readme [--profile laptop] [--other-seeds figures/of-a-run-with-other-seeds]
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from pathlib import Path
 from influence_kit.errors import UserError
 from influence_kit.measures.verdicts import STATUSES, Claim, merge, read_verdicts, verdict_table_markdown
 from influence_kit.pipeline.machine import repository
-from influence_kit.pipeline.publish import read_claims
+from influence_kit.pipeline.publish import claims_of, keep_other_seeds, publish
 from influence_kit.pipeline.run import clock
 
 WHAT = {
@@ -25,7 +28,7 @@ WHAT = {
 
 def verdicts(folder: Path) -> str:
     """A row a chapter: the claim that it opens with, and how its others came out; and how figures compare with what is expected."""
-    made = {path.stem: read_claims(path) for path in sorted((folder / "claims").glob("*.json"))}
+    made = claims_of(folder)
     rows = ["| chapter | headline | paper | here | others |", "| --- | --- | --- | --- | --- |"]
     for chapter, claims in made.items():
         judged = [claim for claim in claims if claim.kind == "claim"]
@@ -82,11 +85,17 @@ def main() -> None:
     """Rewrite README.md from `figures/<profile>/`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", default="laptop")
-    profile = parser.parse_args().profile
+    parser.add_argument("--other-seeds", type=Path, metavar="FIGURES", help="keep what a run of other seeds says of the same claims")
+    asked = parser.parse_args()
+    profile = asked.profile
     root = repository() or Path.cwd()
     folder = root / "figures" / profile
     if not (folder / "verdicts.json").is_file():
         raise SystemExit(f"error: {folder / 'verdicts.json'} is not there: run ./run_all.sh --profile {profile} first")
+    if asked.other_seeds:
+        confirmed, stay = keep_other_seeds(folder, asked.other_seeds)
+        publish(folder, [])
+        print(f"{stay} of {confirmed} claims that are confirmed stay so on the other seeds")
     path = root / "README.md"
     path.write_text(fill(path.read_text(), {"verdicts": verdicts(folder), "times": times(folder)}))
 

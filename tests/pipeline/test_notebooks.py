@@ -284,3 +284,35 @@ def test_a_claim_without_its_parts_is_refused(tmp_path):
 def test_the_record_of_a_chapter_holds_no_path(tmp_path):
     chapter = finished(tmp_path, "01_one", "a")
     assert str(tmp_path) not in json.dumps({key: value for key, value in record(chapter).items() if key != "made"})
+
+
+def other_run(folder, status, seeds=(101, 102, 103), measured=1.0):
+    """A folder of figures with one claim, called "grows", of other seeds."""
+    row = {"id": "grows", "chapter": "01_growth", "claim": "it grows", "paper": "–", "measured": measured, "interval": [0.1, 1.9]}
+    row |= {"status": status, "kind": "claim", "seeds": list(seeds), "unit": "", "rule": "above 0"}
+    (folder / "claims").mkdir(parents=True)
+    (folder / "claims" / "01_growth.json").write_text(json.dumps([row]))
+    return folder
+
+
+def test_a_confirmed_claim_that_other_seeds_do_not_confirm_is_fragile_and_says_so(tmp_path):
+    from influence_kit.pipeline.publish import claims_of, keep_other_seeds
+
+    here = other_run(tmp_path / "here", "confirmed", (11, 12, 13), 2.0)
+    assert keep_other_seeds(here, other_run(tmp_path / "same", "confirmed")) == (1, 1)
+    assert not claims_of(here)["01_growth"][0].fragile
+    assert keep_other_seeds(here, other_run(tmp_path / "other", "undecided")) == (1, 0)
+    claims, _ = publish(here, [])
+    assert claims[0].fragile and claims[0].status == "confirmed"
+    assert "fragile: on seeds 101, 102, 103 it is undecided, 1.0 [0.1, 1.9]" in verdict_table(claims, [])
+
+
+def test_other_seeds_must_be_others_and_have_the_claims(tmp_path):
+    from influence_kit.pipeline.publish import keep_other_seeds
+
+    here = other_run(tmp_path / "here", "confirmed", (11, 12, 13))
+    with pytest.raises(UserError, match="has seeds of"):
+        keep_other_seeds(here, other_run(tmp_path / "twice", "confirmed", (13, 14, 15)))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="has no claim of those"):
+        keep_other_seeds(here, tmp_path / "empty")
