@@ -65,6 +65,11 @@ def _cross_lingual(profile: Profile) -> list[Trained]:
     along = (*profile.atlas.scan.fractions, END)
     arms = ("minority", "no_anchors", "half_anchors")
     found = planted_grid(profile, "atlas", fractions=along) + planted_grid(profile, "atlas", arms)
+    if "without_translations" not in profile.atlas.arms:
+        raise UserError(
+            f"profile {profile.name!r} has no atlas arm `without_translations`, which chapter 05 trains again: add one (as in laptop.yaml), "
+            "or name the chapters you want by --only"
+        )
     found += planted_grid(profile, "atlas", ("without_translations",), fractions=())
     return found + (text_grid(profile, (*profile.text.scan.fractions, END)) if profile.text else [])
 

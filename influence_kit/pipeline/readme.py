@@ -37,13 +37,17 @@ def verdicts(folder: Path) -> str:
         others = ", ".join(f"{count} {status}" for status, count in words.items() if count) or "–"
         headline = "gates and controls alone | – | –" if first is None else " | ".join(headline_cells(first))
         rows.append(f"| [{chapter}](notebooks/{chapter}.ipynb) | {headline} | {others} |")
-    (folder / "verdicts.md").write_text(f"# Every claim of this run\n\n{verdict_table_markdown(merge(*made.values()))}")
     counts: dict[str, int] = defaultdict(int)
     for figure in read_verdicts(folder / "verdicts.json")[1]:
         counts[figure["status"]] += 1
     told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
     every = sum(len(claims) for claims in made.values())
     return "\n".join(rows) + f"\n\nAll {every} claims, gates and controls: [the table](figures/{folder.name}/verdicts.md). Figures: {told}.\n"
+
+
+def every_claim(folder: Path) -> str:
+    """The table of all claims of a run, as `verdicts.md` beside them holds it."""
+    return f"# Every claim of this run\n\n{verdict_table_markdown(merge(*claims_of(folder).values()))}"
 
 
 def headline_cells(claim: Claim) -> list[str]:
@@ -96,6 +100,7 @@ def main() -> None:
         confirmed, stay = keep_other_seeds(folder, asked.other_seeds)
         publish(folder, [])
         print(f"{stay} of {confirmed} claims that are confirmed stay so on the other seeds")
+    (folder / "verdicts.md").write_text(every_claim(folder))
     path = root / "README.md"
     path.write_text(fill(path.read_text(), {"verdicts": verdicts(folder), "times": times(folder)}))
 

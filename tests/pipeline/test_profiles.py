@@ -193,3 +193,31 @@ def test_a_referee_section_that_cannot_be_is_refused(section, change, message, t
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(UserError, match=message):
         load_profile(str(path))
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_chapter_02_finds_its_rivals_in_every_profile(name):
+    profile = load_profile(name)
+    for world in ("atlas", "ladder"):
+        found = grid.planted_grid(profile, world, widths=chapters.middle_width(profile, world), extra=("rivals",))
+        assert found and all(("rivals", 1.0) in one.extra for one in found)
+        assert all(set(one.extra["rivals", 1.0].parameters["tracin"]) <= {*profile_fractions(profile, world), 1.0} for one in found)
+    for one in grid.planted_grid(profile, "little_atlas", extra=("rivals", "response", "bank")):
+        assert {kind for kind, _ in one.extra} == {"rivals", "response", "bank"}
+    for one in grid.text_grid(profile, extra=("rivals", "bank"), section="little_text"):
+        assert {kind for kind, _ in one.extra} == {"rivals", "bank"}
+
+
+def profile_fractions(profile, world):
+    return getattr(profile, world).scan.fractions
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_every_profile_has_what_chapter_05_trains_again_and_its_absence_is_said(name, tmp_path):
+    assert grid.planted_grid(load_profile(name), "atlas", ("without_translations",), ())
+    content = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    del content["atlas"]["arms"]["without_translations"]
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match="no atlas arm `without_translations`"):
+        chapters.stages_for(load_profile(str(path)), "05_cross_lingual")
