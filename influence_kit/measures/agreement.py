@@ -67,3 +67,25 @@ def found_at(scores, planted, k: int) -> tuple[np.ndarray, np.ndarray]:
     precision = precision_at(scores, planted, k)
     most = np.minimum(planted.sum(1), k)
     return precision, np.divide(precision * k, most, out=np.full(len(most), np.nan), where=most > 0)
+
+
+def own_effects(log_p, asked) -> np.ndarray:
+    """What a query loses by its own strongest sequences beyond what it loses by those of other queries: nats, [K, C, R].
+
+    Args:
+        log_p: `[K, C, R, Q]`, of all Q queries after training without what is strongest on the K-th of those that it was done for,
+            C counts of sequences, R repetitions (the stage `left_out`).
+        asked: int `[K]`, which of the Q queries it was done for.
+
+    Raises:
+        UserError: shapes that do not fit, or fewer than two queries to compare.
+    """
+    log_p, asked = np.asarray(log_p, float), np.asarray(asked)
+    if log_p.ndim != 4 or asked.shape != log_p.shape[:1]:
+        raise UserError(f"Answers have shape {log_p.shape} and queries {asked.shape}; give [K, C, R, Q] and [K].")
+    if len(asked) < 2:
+        raise UserError("Only one query lost its sequences, so there is no other to compare with; leave out those of two or more.")
+    table = log_p[..., asked]  # [K, C, R, K]
+    own = np.einsum("kcrk->kcr", table)
+    others = (np.einsum("jcrk->kcr", table) - own) / (len(asked) - 1)
+    return own - others

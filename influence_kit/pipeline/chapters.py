@@ -26,7 +26,7 @@ def _worlds_and_models(profile: Profile) -> list[Trained]:
 
 def _is_ekfac_right(profile: Profile) -> list[Trained]:
     _section(profile, "little_atlas", "02")
-    found = planted_grid(profile, "little_atlas", extra=("rivals", "response", "bank"))
+    found = planted_grid(profile, "little_atlas", extra=("rivals", "response", "bank", "left_out"))
     for world in ("atlas", "ladder"):
         found += planted_grid(profile, world, widths=middle_width(profile, world), extra=("rivals",))
     return found + text_grid(profile, extra=("rivals", "bank"), section="little_text")
@@ -40,8 +40,8 @@ def middle_width(profile: Profile, world: str) -> list[int]:
 
 
 def _heavy_tails(profile: Profile) -> list[Trained]:
-    trained = planted_grid(profile, "atlas", fractions=(0.0, END))
-    return trained + planted_grid(profile, "atlas", ("shuffled",)) + text_grid(profile, (0.0, END))
+    trained = planted_grid(profile, "atlas", fractions=(0.0, END)) + planted_grid(profile, "atlas", ("shuffled",))
+    return trained + planted_grid(profile, "little_atlas", extra=("left_out",)) + text_grid(profile, (0.0, END))
 
 
 def _section(profile: Profile, world: str, chapter: str) -> PlantedGrid:
@@ -82,6 +82,7 @@ def _word_order(profile: Profile) -> list[Trained]:
 
 def _memorisation(profile: Profile) -> list[Trained]:
     found = planted_grid(profile, "atlas", fractions=(0.0, END), extra=("canaries",))
+    found += planted_grid(profile, "atlas", ("without_copies",), fractions=())
     return found + text_grid(profile, (0.0, END), extra=("recital",))
 
 
@@ -115,6 +116,7 @@ def _role_play(profile: Profile) -> list[Trained]:
 def _maths_and_code(profile: Profile) -> list[Trained]:
     section = _section(profile, "procedures", "11")
     found = planted_grid(profile, "procedures", fractions=(*section.scan.fractions, END))
+    found += planted_grid(profile, "procedures", ("without_procedure", "without_names"), fractions=())
     return found + planted_grid(profile, "procedures", ("shuffled",))
 
 

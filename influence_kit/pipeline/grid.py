@@ -20,7 +20,7 @@ FLOPS = 4e10  # sustained by one core; an estimate for `--plan` only
 STEP = 0.012  # seconds of overhead of one training step
 QUERIES = 110  # scored; an estimate as well
 END = 1.0
-REFEREES = ("bank", "response", "rivals")
+REFEREES = ("bank", "left_out", "response", "rivals")
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _planted(grid: PlantedGrid, corpus: str, arm: str, seed: int) -> Stage:
     made = Stage("world", f"{HOME}.{kind.lower()}:{kind.lower()}", asdict(world), cost=cost, label=label)
     if arm == "base" or not (without := grid.arms[arm].without):
         return made
-    return Stage("world", f"{HOME}.{without}:{without}", {"seed": seed}, {"world": made}, cost=cost, label=label)
+    return Stage("world", f"{HOME}.removal:{without}", {"seed": seed}, {"world": made}, cost=cost, label=label)
 
 
 def lines_stage(grid: DialogueGrid) -> Stage:
@@ -212,10 +212,11 @@ def _extra(kind: str, own: dict, scan: Stage, fraction: float, name: str) -> Sta
     label = f"{kind} of {name}, {fraction:.0%} of training"
     inputs = {**scan.inputs, "influence": scan}
     cost = replace(scan.cost, seconds=scan.cost.seconds / 2)  # seen: a tenth of a scan to all of it
-    if kind in REFEREES:  # these train again, or need to know how the model was trained, and no scan
-        inputs, parameters = scan.inputs, {**parameters, "model": scan.inputs["model"].parameters}
+    if kind in REFEREES:  # these train again, or need to know how the model was trained; only one of them reads a scan
+        inputs, parameters = inputs if kind == "left_out" else scan.inputs, {**parameters, "model": scan.inputs["model"].parameters}
         trained = scan.inputs["model"].cost.seconds
-        cost = replace(cost, seconds=trained * own.get("subsets", 0) * own.get("repeats", 1) / 2 + own.get("responses", 0) + 20 * scan.cost.seconds)
+        trainings = own.get("subsets", 0) / 2 + (1 + own.get("queries", 0) * len(own.get("counts", ()))) * (kind == "left_out")
+        cost = replace(cost, seconds=trained * trainings * own.get("repeats", 1) + own.get("responses", 0) + 20 * scan.cost.seconds)
     return Stage(kind, f"{HOME}.{kind}:{kind}", {**own, **parameters}, inputs, cost=cost, label=label)
 
 

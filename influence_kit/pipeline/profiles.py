@@ -34,6 +34,8 @@ PLANTED: dict[str, type] = {
     "procedures": Procedures,
     "little_atlas": Atlas,
 }
+# What an arm's `without` can take away, and from which world: functions of `stages/removal.py`.
+REMOVALS: dict[str, type] = {"translations": Atlas, "copies": Atlas, "procedure": Procedures, "names": Procedures}
 
 
 class _Strict(BaseModel):
@@ -81,11 +83,11 @@ class Scan(_Strict):
 class Arm(_Strict):
     """A variation of a world, and which widths of the family are trained on it (all by default).
 
-    without: "translations" trains on the world as it stands, with some statements replaced (Atlas only).
+    without: one of REMOVALS trains on the world as it stands, with some of it replaced in place.
     """
 
     world: dict[str, Any] = {}
-    without: Literal["", "translations"] = ""
+    without: Literal["", "translations", "copies", "procedure", "names"] = ""
     widths: tuple[int, ...] | None = None
 
 
@@ -185,8 +187,10 @@ class Profile(_Strict):
         if grid is not None:
             for changes in ({}, *(arm.world for arm in grid.arms.values())):
                 _check(PLANTED[str(about.field_name)], {**grid.world, **changes}, "world", never=("seed",))
-            if PLANTED[str(about.field_name)] is not Atlas and any(arm.without for arm in grid.arms.values()):
-                raise ValueError("arms: `without` replaces statements of Atlas; this world has none")
+            world = PLANTED[str(about.field_name)]
+            for name, arm in grid.arms.items():
+                if arm.without and REMOVALS[arm.without] is not world:
+                    raise ValueError(f"arms: {name} removes {arm.without}, which {REMOVALS[arm.without].__name__} has and {world.__name__} has not")
         return grid
 
 

@@ -171,17 +171,19 @@ def test_sizes_may_have_an_architecture_of_their_own():
     assert neox.world.fingerprint == llama.world.fingerprint and "llama" in llama.model.label
 
 
-def test_referees_know_how_the_model_was_trained_and_need_no_scan():
-    (one, _) = grid.planted_grid(load_profile("smoke"), "little_atlas", extra=("rivals", "response", "bank"))
+def test_referees_know_how_the_model_was_trained_and_one_of_them_reads_a_scan():
+    (one, _) = grid.planted_grid(load_profile("smoke"), "little_atlas", extra=("rivals", "response", "bank", "left_out"))
     for (kind, _), stage in one.extra.items():
-        assert stage.parameters["model"] == one.model.parameters and set(stage.inputs) == {"world", "model"}, kind
+        scan = {"influence"} if kind == "left_out" else set()
+        assert stage.parameters["model"] == one.model.parameters and set(stage.inputs) == {"world", "model"} | scan, kind
 
 
 @pytest.mark.parametrize(
     ("section", "change", "message"),
     [
-        ("ladder", {"arms": {"less": {"without": "translations"}}}, "`without` replaces statements of Atlas"),
-        ("atlas", {"arms": {"less": {"without": "names"}}}, "without"),
+        ("ladder", {"arms": {"less": {"without": "translations"}}}, "less removes translations, which Atlas has and Ladder has not"),
+        ("atlas", {"arms": {"less": {"without": "names"}}}, "less removes names, which Procedures has and Atlas has not"),
+        ("atlas", {"arms": {"less": {"without": "words"}}}, "without"),
         ("little_atlas", {"family": {"sizes": [{"width": 16, "architecture": "rwkv"}]}}, "architecture 'rwkv' is not one of"),
         ("little_atlas", {"extra": {"jury": {}}}, "there is no stage 'jury'"),
     ],
@@ -202,10 +204,19 @@ def test_chapter_02_finds_its_rivals_in_every_profile(name):
         found = grid.planted_grid(profile, world, widths=chapters.middle_width(profile, world), extra=("rivals",))
         assert found and all(("rivals", 1.0) in one.extra for one in found)
         assert all(set(one.extra["rivals", 1.0].parameters["tracin"]) <= {*profile_fractions(profile, world), 1.0} for one in found)
-    for one in grid.planted_grid(profile, "little_atlas", extra=("rivals", "response", "bank")):
-        assert {kind for kind, _ in one.extra} == {"rivals", "response", "bank"}
+    for one in grid.planted_grid(profile, "little_atlas", extra=("rivals", "response", "bank", "left_out")):
+        assert {kind for kind, _ in one.extra} == {"rivals", "response", "bank", "left_out"}
     for one in grid.text_grid(profile, extra=("rivals", "bank"), section="little_text"):
         assert {kind for kind, _ in one.extra} == {"rivals", "bank"}
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_every_profile_trains_again_what_chapters_08_and_11_ask(name):
+    profile = load_profile(name)
+    for world, arms in (("atlas", ("without_copies",)), ("procedures", ("without_procedure", "without_names"))):
+        largest, smallest = (choose(size.width for size in getattr(profile, world).family.sizes) for choose in (max, min))
+        widths = {one.size.width for one in grid.planted_grid(profile, world, arms, ())}
+        assert {largest, *([smallest] if world == "procedures" else [])} <= widths, (world, widths)
 
 
 def profile_fractions(profile, world):
