@@ -355,6 +355,14 @@ class Chapter:
         write_json(self.folder / "claims" / f"{self.name}.json", [asdict(one) for one in self.claims])
         return made
 
+    def referees(self):
+        """What referees say of the chapter's claims so far, in words, beside what influence says."""
+        from IPython.display import Markdown
+
+        from influence_kit.measures.verdicts import referees_markdown
+
+        return Markdown(referees_markdown(self.claims))
+
     def verdicts(self):
         """The chapter's verdict table, for the end of a notebook."""
         from IPython.display import Markdown

@@ -90,7 +90,8 @@ def _judge_figures(folder: Path, update_expected: bool) -> list[dict]:
     """Every figure with a table behind it: reproduced, differs (with the columns), or new (no expectation yet)."""
     import pandas
 
-    from influence_kit.measures.verdicts import compare, expectation, summarise_table, write_json
+    from influence_kit.measures.reproduction import compare, expectation, summarise_table
+    from influence_kit.measures.verdicts import write_json
 
     path = folder / "expected.json"
     expected = _read(path, {})

@@ -1,10 +1,9 @@
-"""Verdicts: rules, seeds and gates, byte-stable files, the Markdown table, reproduced figures."""
+"""Verdicts: rules, seeds and gates, byte-stable files, the Markdown table, referees in words."""
 
 import json
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from influence_kit.errors import UserError
@@ -145,42 +144,13 @@ def test_a_referee_agrees_disagrees_or_does_not_know(tmp_path, low, high, agreem
     assert words[agreement] in verdicts.verdict_table_markdown([made])
 
 
-def table(scale: float = 1.0, n: int = 200) -> pd.DataFrame:
-    lift = np.random.default_rng(0).gamma(2, 1, n)
-    return pd.DataFrame({"lift": lift * scale, "tier": ["T2"] * n, "hit": lift > 2, "rank": np.arange(n)})
-
-
-def test_summary_of_a_table():
-    frame = pd.DataFrame({"x": [1.0, 3.0, np.nan, np.inf], "name": list("abcd"), "empty": [np.nan] * 4})
-    summary = verdicts.summarise_table(frame)
-    assert summary["rows"] == 4 and summary["columns"]["x"] == {"mean": 2.0, "sd": 1.0, "n": 2}
-    assert sorted(summary["columns"]) == ["empty", "x"] and summary["columns"]["empty"]["n"] == 0
-
-
-def test_figures_are_compared_under_the_committed_tolerances(tmp_path):
-    expected = verdicts.expectation(verdicts.summarise_table(table()), rtol=0.05, sd_share=0.1)
-    verdicts.write_json(tmp_path / "expected.json", expected)
-    expected = json.loads((tmp_path / "expected.json").read_text())
-    assert verdicts.compare(verdicts.summarise_table(table()), expected) == ("reproduced", [])
-    assert verdicts.compare(verdicts.summarise_table(table(1.02)), expected) == ("reproduced", [])
-    assert verdicts.compare(verdicts.summarise_table(table(1.3)), expected) == ("differs", ["lift"])
-    assert verdicts.compare(verdicts.summarise_table(table(1.3)), expected, rtol=0.5) == ("reproduced", [])
-    assert verdicts.compare(verdicts.summarise_table(table()), None) == ("new", [])
-
-
-def test_rows_columns_and_spread_count_as_differences():
-    summary = verdicts.summarise_table(table())
-    expected = verdicts.expectation(summary)
-    assert verdicts.compare(summary | {"rows": 199}, expected) == ("differs", ["rows"])
-    assert verdicts.compare(verdicts.summarise_table(table().drop(columns="hit")), expected) == ("differs", ["hit"])
-    flat = table().assign(lift=lambda t: t["lift"].mean())
-    assert verdicts.compare(verdicts.summarise_table(flat), expected) == ("differs", ["lift"])
-    gone = table().assign(lift=np.nan)
-    assert verdicts.compare(verdicts.summarise_table(gone), expected) == ("differs", ["lift"])
-
-
-def test_a_column_without_values_reproduces_itself(tmp_path):
-    frame = pd.DataFrame({"empty": [np.nan] * 3})
-    verdicts.write_json(tmp_path / "e.json", verdicts.expectation(verdicts.summarise_table(frame)))
-    expected = json.loads((tmp_path / "e.json").read_text())
-    assert verdicts.compare(verdicts.summarise_table(frame), expected) == ("reproduced", [])
+def test_referees_in_words_say_both_numbers_and_whether_they_agree():
+    made = claim(id="lift", low=2, high=3)
+    agreed, denied = (made.refereed("retraining", claim(id="by", low=low, high=low + 1, unit="nats")) for low in (5, -3))
+    unsure = made.refereed("one step", claim(id="by", low=0.9, high=3))
+    found = verdicts.referees_markdown([agreed, claim(id="alone"), denied, unsure]).splitlines()
+    assert len(found) == 3 and all("“meaning beats words”: **confirmed** by influence (2.5" in line for line in found)
+    assert "**confirmed** by retraining (5.5" in found[0] and "nats); the two agree." in found[0]
+    assert "**refuted** by retraining" in found[1] and found[1].endswith("**the two disagree**.")
+    assert "undecided, their numbers lie on the same side" in found[2] and "by one step" in found[2]
+    assert verdicts.referees_markdown([claim()]) == ""
