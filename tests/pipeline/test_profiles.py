@@ -219,6 +219,12 @@ def test_every_profile_trains_again_what_chapters_08_and_11_ask(name):
         assert {largest, *([smallest] if world == "procedures" else [])} <= widths, (world, widths)
 
 
+@pytest.mark.parametrize("name", profile_names())
+def test_every_profile_reads_spoken_lines_with_and_without_names(name):
+    found = grid.dialogue_grid(load_profile(name), ("base", "unnamed"), ())
+    assert {one.arm for one in found} == {"base", "unnamed"}
+
+
 def profile_fractions(profile, world):
     return getattr(profile, world).scan.fractions
 
