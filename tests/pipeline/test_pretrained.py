@@ -10,8 +10,8 @@ from influence_kit import models
 from influence_kit.errors import UserError
 from influence_kit.measures.crossing import translation_ranks
 from influence_kit.pipeline import grid
-from influence_kit.pipeline.chapter import Run
 from influence_kit.pipeline.profiles import FOLDER, load_profile
+from influence_kit.pipeline.runs import Run
 
 WORDS = {"en": "open save file menu press button window close".split(), "de": "öffnen sichern datei menü drücken knopf fenster schließen".split()}
 

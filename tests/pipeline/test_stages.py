@@ -11,8 +11,9 @@ from influence_kit.corpora.world import batch_of
 from influence_kit.errors import UserError
 from influence_kit.measures.intervals import Estimate
 from influence_kit.pipeline import grid
-from influence_kit.pipeline.chapter import Chapter, Run, paired
+from influence_kit.pipeline.chapter import Chapter
 from influence_kit.pipeline.profiles import PlantedGrid, load_profile
+from influence_kit.pipeline.runs import Run, paired
 
 
 @pytest.fixture(scope="module")
