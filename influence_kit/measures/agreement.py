@@ -70,11 +70,12 @@ def found_at(scores, planted, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def own_effects(log_p, asked) -> np.ndarray:
-    """What a query loses by its own strongest sequences beyond what it loses by those of other queries: nats, [K, C, R].
+    """What its own strongest sequences do to a query when they are left out or doubled, beyond what those of other queries do: nats,
+    [K, C, R].
 
     Args:
-        log_p: `[K, C, R, Q]`, of all Q queries after training without what is strongest on the K-th of those that it was done for,
-            C counts of sequences, R repetitions (the stage `left_out`).
+        log_p: `[K, C, R, Q]`, of all Q queries after training again, for what is strongest on each of the K queries that it was done
+            for, C counts of sequences, R repetitions (one way of the stage `reweighted`).
         asked: int `[K]`, which of the Q queries it was done for.
 
     Raises:
@@ -84,7 +85,7 @@ def own_effects(log_p, asked) -> np.ndarray:
     if log_p.ndim != 4 or asked.shape != log_p.shape[:1]:
         raise UserError(f"Answers have shape {log_p.shape} and queries {asked.shape}; give [K, C, R, Q] and [K].")
     if len(asked) < 2:
-        raise UserError("Only one query lost its sequences, so there is no other to compare with; leave out those of two or more.")
+        raise UserError("Only one query had its sequences changed, so there is no other to compare with; ask two or more.")
     table = log_p[..., asked]  # [K, C, R, K]
     own = np.einsum("kcrk->kcr", table)
     others = (np.einsum("jcrk->kcr", table) - own) / (len(asked) - 1)

@@ -26,7 +26,7 @@ def _worlds_and_models(profile: Profile) -> list[Trained]:
 
 def _is_ekfac_right(profile: Profile) -> list[Trained]:
     _section(profile, "little_atlas", "02")
-    found = planted_grid(profile, "little_atlas", extra=("rivals", "response", "bank", "left_out"))
+    found = planted_grid(profile, "little_atlas", extra=("rivals", "response", "bank", "reweighted"))
     for world in ("atlas", "ladder"):
         found += planted_grid(profile, world, widths=middle_width(profile, world), extra=("rivals",))
     return found + text_grid(profile, extra=("rivals", "bank"), section="little_text")
@@ -41,7 +41,7 @@ def middle_width(profile: Profile, world: str) -> list[int]:
 
 def _heavy_tails(profile: Profile) -> list[Trained]:
     trained = planted_grid(profile, "atlas", fractions=(0.0, END)) + planted_grid(profile, "atlas", ("shuffled",))
-    return trained + planted_grid(profile, "little_atlas", extra=("left_out",)) + text_grid(profile, (0.0, END))
+    return trained + planted_grid(profile, "little_atlas", extra=("reweighted",)) + text_grid(profile, (0.0, END))
 
 
 def _section(profile: Profile, world: str, chapter: str) -> PlantedGrid:

@@ -20,7 +20,7 @@ FLOPS = 4e10  # sustained by one core; an estimate for `--plan` only
 STEP = 0.012  # seconds of overhead of one training step
 QUERIES = 110  # scored; an estimate as well
 END = 1.0
-REFEREES = ("bank", "left_out", "response", "rivals")
+REFEREES = ("bank", "response", "reweighted", "rivals")
 
 
 @dataclass(frozen=True)
@@ -213,9 +213,9 @@ def _extra(kind: str, own: dict, scan: Stage, fraction: float, name: str) -> Sta
     inputs = {**scan.inputs, "influence": scan}
     cost = replace(scan.cost, seconds=scan.cost.seconds / 2)  # seen: a tenth of a scan to all of it
     if kind in REFEREES:  # these train again, or need to know how the model was trained; only one of them reads a scan
-        inputs, parameters = inputs if kind == "left_out" else scan.inputs, {**parameters, "model": scan.inputs["model"].parameters}
+        inputs, parameters = inputs if kind == "reweighted" else scan.inputs, {**parameters, "model": scan.inputs["model"].parameters}
         trained = scan.inputs["model"].cost.seconds
-        trainings = own.get("subsets", 0) / 2 + (1 + own.get("queries", 0) * len(own.get("counts", ()))) * (kind == "left_out")
+        trainings = own.get("subsets", 0) / 2 + (1 + 2 * own.get("queries", 0) * len(own.get("counts", ()))) * (kind == "reweighted")
         cost = replace(cost, seconds=trained * trainings * own.get("repeats", 1) + own.get("responses", 0) + 20 * scan.cost.seconds)
     return Stage(kind, f"{HOME}.{kind}:{kind}", {**own, **parameters}, inputs, cost=cost, label=label)
 

@@ -9,6 +9,7 @@ import pytest
 from influence_kit import fit_ekfac, models, score
 from influence_kit.corpora.ladder import Ladder, build
 from influence_kit.corpora.world import World, batch_of
+from influence_kit.errors import UserError
 from influence_kit.factors import Factors
 from influence_kit.measures.cost import agreement
 from influence_kit.pipeline.stages.batching import batching, numbers, projected, stored_at
@@ -100,3 +101,19 @@ def test_both_repeat_to_the_byte_but_for_seconds(made):
     assert set(zip(seconds["part"], seconds["batch"])) == {("fit", 0), ("query", 0), ("step", 4), ("step", 8)}
     assert (seconds["seconds"] > 0).all()
 
+
+
+def test_lissa_goes_on_at_half_the_scale_where_a_minibatch_is_steeper_than_power_iteration_saw(made, tmp_path, monkeypatch):
+    from influence_kit.pipeline.stages import cost as stage
+
+    whole = stage.top_eigenvalue
+    monkeypatch.setattr(stage, "top_eigenvalue", lambda *args, **options: whole(*args, **options) / 6)
+    cost({**COST, "batches": [8]}, made, tmp_path, quiet)
+    scale = pd.read_parquet(tmp_path / "about.parquet")["scale"].item()
+    safe = pd.read_parquet(made["cost"] / "about.parquet").set_index("batch")["scale"][8]
+    assert scale / safe in (pytest.approx(3), pytest.approx(1.5), pytest.approx(0.75))
+    rows = pd.read_parquet(tmp_path / "cost.parquet")
+    assert (rows[rows["method"] == "LiSSA"]["residual"] < 1.5).all()
+    monkeypatch.setattr(stage, "top_eigenvalue", lambda *args, **options: whole(*args, **options) / 1e4)
+    with pytest.raises(UserError, match="LiSSA diverges"):
+        cost({**COST, "batches": [8]}, made, tmp_path, quiet)

@@ -172,9 +172,9 @@ def test_sizes_may_have_an_architecture_of_their_own():
 
 
 def test_referees_know_how_the_model_was_trained_and_one_of_them_reads_a_scan():
-    (one, _) = grid.planted_grid(load_profile("smoke"), "little_atlas", extra=("rivals", "response", "bank", "left_out"))
+    (one, _) = grid.planted_grid(load_profile("smoke"), "little_atlas", extra=("rivals", "response", "bank", "reweighted"))
     for (kind, _), stage in one.extra.items():
-        scan = {"influence"} if kind == "left_out" else set()
+        scan = {"influence"} if kind == "reweighted" else set()
         assert stage.parameters["model"] == one.model.parameters and set(stage.inputs) == {"world", "model"} | scan, kind
 
 
@@ -204,8 +204,8 @@ def test_chapter_02_finds_its_rivals_in_every_profile(name):
         found = grid.planted_grid(profile, world, widths=chapters.middle_width(profile, world), extra=("rivals",))
         assert found and all(("rivals", 1.0) in one.extra for one in found)
         assert all(set(one.extra["rivals", 1.0].parameters["tracin"]) <= {*profile_fractions(profile, world), 1.0} for one in found)
-    for one in grid.planted_grid(profile, "little_atlas", extra=("rivals", "response", "bank", "left_out")):
-        assert {kind for kind, _ in one.extra} == {"rivals", "response", "bank", "left_out"}
+    for one in grid.planted_grid(profile, "little_atlas", extra=("rivals", "response", "bank", "reweighted")):
+        assert {kind for kind, _ in one.extra} == {"rivals", "response", "bank", "reweighted"}
     for one in grid.text_grid(profile, extra=("rivals", "bank"), section="little_text"):
         assert {kind for kind, _ in one.extra} == {"rivals", "bank"}
 

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from influence_kit import models
 from influence_kit.corpora.world import World, batch_of
 from influence_kit.ekfac import fit_ekfac
+from influence_kit.errors import UserError
 from influence_kit.factors import Factors
 from influence_kit.gradients import is_linear_map, shape_of
 from influence_kit.measures.cost import agreement, ekfac_work, lissa_work
@@ -25,6 +26,7 @@ from influence_kit.referees.lissa import lissa, top_eigenvalue
 
 SALT = 0xC057
 POWER = {"batches": 4, "steps": 10}  # of power iteration, for LiSSA's scale
+HALVINGS = 4  # of that scale, before LiSSA is given up
 TIMED = 8  # steps of LiSSA timed at once
 
 
@@ -38,7 +40,7 @@ def cost(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None
     (correlation of the scores with those of the exact solution), alignment (cosine between the two in the norm of G + lambda),
     residual |v - (G + lambda) x| / |v|, work (sequence gradients a query). about.parquet, one row a minibatch size: scale (LiSSA's alpha), tuning (its work, once), fit and
     each (EK-FAC's work as the scan fitted it, and a query's), iterations of the exact solution and growth of its energy over
-    the last of them, weights. These two repeat to the byte.
+    the last of them, weights. These two repeat to the byte. A scale at which LiSSA diverges is halved; what that cost is not counted.
     seconds.parquet: part ("fit" of EK-FAC on the sample, scaled up to the scan's own fit; "query" of it; a LiSSA "step" a
     query), batch, seconds: medians over turns on the machine at hand, each turn timing every part once.
 
@@ -85,8 +87,7 @@ def cost(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None
     keep("gradient dot", 0, 0, v, 1.0)
     scales = {}
     for n, batch in enumerate(parameters["batches"]):
-        scales[batch] = 1 / top_eigenvalue(curvature, batch, seed=parameters["seed"], **POWER)
-        found = lissa(curvature, v, depths, scales[batch], batch, seed=parameters["seed"])
+        scales[batch], found = _as_far_as_it_converges(curvature, v, depths, batch, parameters["seed"])
         for depth, x in zip(depths, found, strict=True):
             keep("LiSSA", batch, depth, x, lissa_work(depth, batch, PRODUCT))
         tuning = POWER["batches"] * POWER["steps"] * batch * PRODUCT
@@ -99,7 +100,7 @@ def cost(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None
         ("fit", 0): fit,
         ("query", 0): lambda: curvature.precondition(curvature.gradients(queries)),
     }
-    timed |= {("step", b): lambda b=b: lissa(curvature, v, [TIMED], scales[b], b) for b in scales}
+    timed |= {("step", b): lambda b=b: lissa(curvature, v, [TIMED], scales[b], b, parameters["seed"]) for b in scales}
     taken: dict[tuple[str, int], list[float]] = {key: [] for key in timed}
     for _ in range(parameters["turns"]):
         for key, act in timed.items():
@@ -109,3 +110,15 @@ def cost(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None
     parts = {"fit": fitted_on / parameters["sequences"], "query": 1 / len(asked), "step": 1 / (TIMED * len(asked))}
     seconds = [{"part": part, "batch": b, "seconds": median(times) * parts[part]} for (part, b), times in taken.items()]
     pq.write_table(pa.Table.from_pylist(seconds), out / "seconds.parquet")
+
+
+def _as_far_as_it_converges(curvature: GaussNewton, v: torch.Tensor, depths: list[int], batch: int, seed: int) -> tuple[float, torch.Tensor]:
+    """LiSSA's scale and its answers: the largest scale that power iteration calls safe, or half of it, and so on, where a minibatch has a
+    larger eigenvalue than those that power iteration saw. Raises UserError where HALVINGS do not help."""
+    scale = 1 / top_eigenvalue(curvature, batch, seed=seed, **POWER)
+    for _ in range(HALVINGS):
+        try:
+            return scale, lissa(curvature, v, depths, scale, batch, seed=seed)
+        except UserError:
+            scale /= 2
+    return scale, lissa(curvature, v, depths, scale, batch, seed=seed)

@@ -1,4 +1,4 @@
-"""Training again without the most influential sequences: what is replaced, what is kept through a kill, and that nothing else moves."""
+"""Training again with the most influential sequences left out or doubled: what is replaced, what is kept through a kill, and that nothing else moves."""
 
 from dataclasses import asdict
 
@@ -11,7 +11,7 @@ from influence_kit import models
 from influence_kit.corpora.atlas import Atlas, build
 from influence_kit.corpora.world import World, batch_of
 from influence_kit.errors import UserError
-from influence_kit.pipeline.stages import left_out as stage
+from influence_kit.pipeline.stages import reweighted as stage
 from influence_kit.pipeline.stages.influence import influence
 from influence_kit.pipeline.stages.train import train
 
@@ -20,19 +20,19 @@ from .test_retraining import SMALL, quiet
 
 def test_what_goes_is_the_strongest_and_what_comes_is_weak():
     values = np.array([5.0, -4.0, 3.0, 0.1, -0.2, 0.0, 2.0, -0.3])
-    gone, instead = stage.stand_ins(values, 2, seed=1)
+    gone, instead = stage.strongest_and_weak(values, 2, seed=1)
     assert gone.tolist() == [0, 2] and set(instead) <= {3, 4, 5, 7} and len(set(instead)) == 2
-    assert all(np.array_equal(a, b) for a, b in zip(stage.stand_ins(values, 2, 1), (gone, instead), strict=True))
-    lonely = np.array([9.0, 8.0, 7.0, 6.0, 1.0, 0.5])  # half of it is left out, of the weak half too: what is left stands in twice
-    gone, instead = stage.stand_ins(lonely, 3, seed=1)
-    assert gone.tolist() == [0, 1, 2] and set(instead) <= {3, 4, 5}
+    assert all(np.array_equal(a, b) for a, b in zip(stage.strongest_and_weak(values, 2, 1), (gone, instead), strict=True))
+    positive = np.array([9.0, 8.0, 7.0, -60.0, -10.0, -50.0])  # the strongest are among the half with the smallest absolute values
+    gone, instead = stage.strongest_and_weak(positive, 3, seed=1)
+    assert gone.tolist() == [0, 1, 2] and set(instead) == {3, 4, 5}
     with pytest.raises(UserError, match="5 sequences cannot be left out of 8"):
-        stage.stand_ins(values, 5, seed=1)
+        stage.strongest_and_weak(values, 5, seed=1)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    root = tmp_path_factory.mktemp("left_out")
+    root = tmp_path_factory.mktemp("reweighted")
     folders = {name: root / name for name in ("world", "model", "influence")}
     build(Atlas(**SMALL)).save(folders["world"])
     recipe = asdict(models.Recipe(batch_size=8, warmup_steps=2, evaluations=2, learning_rate=1e-2))
@@ -54,36 +54,39 @@ def test_whole_is_the_model_itself_and_kills_lose_nothing(made, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        stage.left_out(parameters, folders, tmp_path, killed)
+        stage.reweighted(parameters, folders, tmp_path, killed)
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "resume").glob("*.safetensors")}
-    assert len(kept) == 5 and calls[-1] == (5, 14)
-    stage.left_out(parameters, folders, tmp_path, quiet)
+    assert len(kept) == 5 and calls[-1] == (5, 26)
+    stage.reweighted(parameters, folders, tmp_path, quiet)
     assert all((tmp_path / "resume" / name).stat().st_mtime_ns == time for name, time in kept.items())
-    found = load_file(tmp_path / "left_out.safetensors")
+    found = load_file(tmp_path / "reweighted.safetensors")
     scan = load_file(folders["influence"] / "scores.safetensors")
     world = World.load(folders["world"])
     own, _ = models.evaluate(models.load(folders["model"], 1.0), batch_of(world.queries, scan["queries"]))
     assert np.array_equal(found["whole"][0], own.numpy()) and not np.array_equal(found["whole"][1], own.numpy())
-    assert found["log_p"].shape == (3, 2, 2, len(own)) and found["counts"].tolist() == [1, 20]
+    assert found["log_p"].shape == (2, 3, 2, 2, len(own)) and found["counts"].tolist() == [1, 20]
 
 
-def test_an_answer_is_that_of_a_model_trained_with_the_strongest_replaced(made, tmp_path):
+def test_an_answer_is_that_of_a_model_trained_with_the_strongest_left_out_or_doubled(made, tmp_path):
     folders, parameters = made
-    stage.left_out({**parameters, "queries": 1, "counts": [20], "repeats": 1}, folders, tmp_path, quiet)
-    found, scan = load_file(tmp_path / "left_out.safetensors"), load_file(folders["influence"] / "scores.safetensors")
+    stage.reweighted({**parameters, "queries": 1, "counts": [20], "repeats": 1}, folders, tmp_path, quiet)
+    found, scan = load_file(tmp_path / "reweighted.safetensors"), load_file(folders["influence"] / "scores.safetensors")
     world = World.load(folders["world"])
     values = scan["values"][found["asked"][0]].astype(float)
-    gone, instead = stage.stand_ins(values, 20, seed=7)
-    assert values[gone].min() >= np.delete(values, gone).max()
-    expected = (scan["values"][:, instead].astype(float).sum(1) - scan["values"][:, gone].astype(float).sum(1)) / 120
-    assert found["predicted"][0, 0] == pytest.approx(expected)
-    assert found["predicted"][0, 0, found["asked"][0]] < 0
-    order = np.arange(120)
-    order[scan["rows"][gone]] = scan["rows"][instead]
-    changed = {name: tensor[torch.from_numpy(order)] for name, tensor in batch_of(world.sequences).items()}
+    strong, weak = stage.strongest_and_weak(values, 20, seed=7)
+    assert values[strong].min() >= np.delete(values, strong).max()
+    expected = (scan["values"][:, strong].astype(float).sum(1) - scan["values"][:, weak].astype(float).sum(1)) / 120
+    assert found["predicted"][1, 0, 0] == pytest.approx(expected) and found["predicted"][0, 0, 0] == pytest.approx(-expected)
+    assert expected[found["asked"][0]] > 0
     trained = parameters["model"]
     config = models.configure("gpt_neox", world.vocabulary_size, 16, 1, world.context)
     recipe = models.Recipe(**{**trained["recipe"], "checkpoints": (1.0,), "evaluations": 1, "betas": tuple(trained["recipe"]["betas"])})
-    models.train(config, changed, batch_of(world.held_out), recipe, tmp_path / "again")
-    log_p, _ = models.evaluate(models.load(tmp_path / "again", 1.0), batch_of(world.queries, scan["queries"]))
-    assert np.array_equal(found["log_p"][0, 0, 0], log_p.numpy())
+    for way, (lost, instead) in enumerate([(strong, weak), (weak, strong)]):
+        order = np.arange(120)
+        order[scan["rows"][lost]] = scan["rows"][instead]
+        times = np.bincount(order, minlength=120)[scan["rows"][strong]]
+        assert (times == (2 if way else 0)).all()
+        changed = {name: tensor[torch.from_numpy(order)] for name, tensor in batch_of(world.sequences).items()}
+        models.train(config, changed, batch_of(world.held_out), recipe, tmp_path / f"again {way}")
+        log_p, _ = models.evaluate(models.load(tmp_path / f"again {way}", 1.0), batch_of(world.queries, scan["queries"]))
+        assert np.array_equal(found["log_p"][way, 0, 0, 0], log_p.numpy())
