@@ -140,15 +140,15 @@ def _beside(claim: "Claim", other: dict | None) -> "Claim":
 
 
 def keep_other_seeds(folder: Path, run: Path) -> tuple[int, int]:
-    """Keep what another run, of other seeds, says of the claims in `folder`, in its other_seeds.json; chapters that the other
-    run lacks keep what is there. Returns how many of the claims confirmed here it has, and how many it confirms.
+    """Keep what another run, of other seeds, says of claims, gates and controls in `folder`, in its other_seeds.json; chapters that the other
+    run lacks keep what is there. Returns how many of those confirmed here it has, and how many it confirms.
 
     Raises UserError where the other run has no claims, or the same seeds.
     """
     from influence_kit.measures.verdicts import write_json
 
     here = {claim.id: claim for made in claims_of(folder).values() for claim in made}
-    there = [claim for made in claims_of(run).values() for claim in made if claim.kind == "claim" and claim.id in here]
+    there = [claim for made in claims_of(run).values() for claim in made if claim.id in here]
     if not there:
         raise UserError(f"{run} has no claim of those in {folder}: give the figures of a run with other --seeds")
     if same := [claim.id for claim in there if claim.seeds and set(claim.seeds) & set(here[claim.id].seeds)]:

@@ -286,22 +286,23 @@ def test_the_record_of_a_chapter_holds_no_path(tmp_path):
     assert str(tmp_path) not in json.dumps({key: value for key, value in record(chapter).items() if key != "made"})
 
 
-def other_run(folder, status, seeds=(101, 102, 103), measured=1.0):
+def other_run(folder, status, seeds=(101, 102, 103), measured=1.0, kind="claim"):
     """A folder of figures with one claim, called "grows", of other seeds."""
     row = {"id": "grows", "chapter": "01_growth", "claim": "it grows", "paper": "–", "measured": measured, "interval": [0.1, 1.9]}
-    row |= {"status": status, "kind": "claim", "seeds": list(seeds), "unit": "", "rule": "above 0"}
+    row |= {"status": status, "kind": kind, "seeds": list(seeds), "unit": "", "rule": "above 0"}
     (folder / "claims").mkdir(parents=True)
     (folder / "claims" / "01_growth.json").write_text(json.dumps([row]))
     return folder
 
 
-def test_a_confirmed_claim_that_other_seeds_do_not_confirm_is_fragile_and_says_so(tmp_path):
+@pytest.mark.parametrize("kind", ["claim", "gate", "control"])
+def test_what_is_confirmed_and_not_by_other_seeds_is_fragile_and_says_so(tmp_path, kind):
     from influence_kit.pipeline.publish import claims_of, keep_other_seeds
 
-    here = other_run(tmp_path / "here", "confirmed", (11, 12, 13), 2.0)
-    assert keep_other_seeds(here, other_run(tmp_path / "same", "confirmed")) == (1, 1)
+    here = other_run(tmp_path / "here", "confirmed", (11, 12, 13), 2.0, kind)
+    assert keep_other_seeds(here, other_run(tmp_path / "same", "confirmed", kind=kind)) == (1, 1)
     assert not claims_of(here)["01_growth"][0].fragile
-    assert keep_other_seeds(here, other_run(tmp_path / "other", "undecided")) == (1, 0)
+    assert keep_other_seeds(here, other_run(tmp_path / "other", "undecided", kind=kind)) == (1, 0)
     claims, _ = publish(here, [])
     assert claims[0].fragile and claims[0].status == "confirmed"
     assert "fragile: on seeds 101, 102, 103 it is undecided, 1.0 [0.1, 1.9]" in verdict_table(claims, [])
