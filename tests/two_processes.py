@@ -1,6 +1,6 @@
 """Run under torchrun by test_processes.py: fit and score in every process, and write what each got.
 
-torchrun --nproc-per-node 2 tests/two_processes.py OUT [--kill-at SHARE]
+torchrun --nproc-per-node 2 tests/two_processes.py OUT [--kill fit|scan]
 """
 
 import argparse

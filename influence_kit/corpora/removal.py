@@ -83,8 +83,8 @@ def without_procedure(world: World, seed: int) -> World:
 
 
 def without_names(world: World, seed: int) -> World:
-    """The counterpart of `without_procedure`: the same queries are `treated`, and as many texts of each kind are gone for the same
-    others, but it is texts with a drawn name that go, unless their procedure is drawn too."""
+    """The counterpart of `without_procedure`, with the same queries `treated` and the same kind of texts standing in for as many that are gone:
+    here those with a drawn name, unless their procedure is drawn too."""
     return _without_texts(world, seed, same_procedure=False)
 
 

@@ -40,6 +40,7 @@ def middle_width(profile: Profile, world: str) -> list[int]:
 
 
 def _heavy_tails(profile: Profile) -> list[Trained]:
+    _section(profile, "little_atlas", "03")
     trained = planted_grid(profile, "atlas", fractions=(0.0, END)) + planted_grid(profile, "atlas", ("shuffled",))
     return trained + planted_grid(profile, "little_atlas", extra=("reweighted",)) + text_grid(profile, (0.0, END))
 
@@ -54,6 +55,17 @@ def _section(profile: Profile, world: str, chapter: str) -> PlantedGrid:
     return found
 
 
+def _trained_again(profile: Profile, world: str, chapter: str, *arms: str) -> list[Trained]:
+    """Models of arms that a chapter trains again as its referee, without scans; UserError where the profile lacks one."""
+    for arm in arms:
+        if arm not in getattr(profile, world).arms:
+            raise UserError(
+                f"profile {profile.name!r} has no {world} arm `{arm}`, which chapter {chapter} trains again: add one (as in laptop.yaml), "
+                "or name the chapters you want by --only"
+            )
+    return planted_grid(profile, world, arms, fractions=())
+
+
 def _abstraction(profile: Profile) -> list[Trained]:
     section = _section(profile, "ladder", "04")
     dropped = [arm for arm in section.arms if arm.startswith("dropped_")]
@@ -65,12 +77,7 @@ def _cross_lingual(profile: Profile) -> list[Trained]:
     along = (*profile.atlas.scan.fractions, END)
     arms = ("minority", "no_anchors", "half_anchors")
     found = planted_grid(profile, "atlas", fractions=along) + planted_grid(profile, "atlas", arms)
-    if "without_translations" not in profile.atlas.arms:
-        raise UserError(
-            f"profile {profile.name!r} has no atlas arm `without_translations`, which chapter 05 trains again: add one (as in laptop.yaml), "
-            "or name the chapters you want by --only"
-        )
-    found += planted_grid(profile, "atlas", ("without_translations",), fractions=())
+    found += _trained_again(profile, "atlas", "05", "without_translations")
     return found + (text_grid(profile, (*profile.text.scan.fractions, END)) if profile.text else [])
 
 
@@ -82,7 +89,7 @@ def _word_order(profile: Profile) -> list[Trained]:
 
 def _memorisation(profile: Profile) -> list[Trained]:
     found = planted_grid(profile, "atlas", fractions=(0.0, END), extra=("canaries",))
-    found += planted_grid(profile, "atlas", ("without_copies",), fractions=())
+    found += _trained_again(profile, "atlas", "08", "without_copies")
     return found + text_grid(profile, (0.0, END), extra=("recital",))
 
 
@@ -116,7 +123,7 @@ def _role_play(profile: Profile) -> list[Trained]:
 def _maths_and_code(profile: Profile) -> list[Trained]:
     section = _section(profile, "procedures", "11")
     found = planted_grid(profile, "procedures", fractions=(*section.scan.fractions, END))
-    found += planted_grid(profile, "procedures", ("without_procedure", "without_names"), fractions=())
+    found += _trained_again(profile, "procedures", "11", "without_procedure", "without_names")
     return found + planted_grid(profile, "procedures", ("shuffled",))
 
 

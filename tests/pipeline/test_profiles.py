@@ -225,16 +225,32 @@ def test_every_profile_reads_spoken_lines_with_and_without_names(name):
     assert {one.arm for one in found} == {"base", "unnamed"}
 
 
+@pytest.mark.parametrize("name", profile_names())
+def test_one_sequence_a_hundredth_and_a_tenth_are_left_out_as_chapters_02_and_03_say(name):
+    little = load_profile(name).little_atlas
+    documents = little.world["documents"]
+    assert little.extra["reweighted"]["counts"] == [1, documents // 100, documents // 10] and little.scan.sequences >= documents
+
+
 def profile_fractions(profile, world):
     return getattr(profile, world).scan.fractions
 
 
+@pytest.mark.parametrize(
+    ("world", "arm", "chapter"),
+    [
+        ("atlas", "without_translations", "05_cross_lingual"),
+        ("atlas", "without_copies", "08_memorisation"),
+        ("procedures", "without_procedure", "11_maths_and_code"),
+        ("procedures", "without_names", "11_maths_and_code"),
+    ],
+)
 @pytest.mark.parametrize("name", profile_names())
-def test_every_profile_has_what_chapter_05_trains_again_and_its_absence_is_said(name, tmp_path):
-    assert grid.planted_grid(load_profile(name), "atlas", ("without_translations",), ())
+def test_every_profile_has_what_chapters_train_again_and_its_absence_is_said(name, world, arm, chapter, tmp_path):
+    assert grid.planted_grid(load_profile(name), world, (arm,), ())
     content = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
-    del content["atlas"]["arms"]["without_translations"]
+    del content[world]["arms"][arm]
     path = tmp_path / "own.yaml"
     path.write_text(yaml.safe_dump(content))
-    with pytest.raises(UserError, match="no atlas arm `without_translations`"):
-        chapters.stages_for(load_profile(str(path)), "05_cross_lingual")
+    with pytest.raises(UserError, match=f"no {world} arm `{arm}`"):
+        chapters.stages_for(load_profile(str(path)), chapter)

@@ -19,10 +19,10 @@ def copies(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> No
 
 
 def procedure(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
-    """Procedures: replace texts of half of the procedures, with other names than those that are asked."""
+    """Procedures: replace texts of half of the procedures, but for those under half of the names."""
     removal.without_procedure(World.load(inputs["world"]), parameters["seed"]).save(out)
 
 
 def names(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
-    """Procedures: replace texts with the names that are asked, of the other half of the procedures."""
+    """Procedures: replace texts with half of the names, but for those of half of the procedures."""
     removal.without_names(World.load(inputs["world"]), parameters["seed"]).save(out)
