@@ -180,7 +180,9 @@ class Directions:
         for some, rows, gradient in rotator.pieces(layer, found, rotated):
             start, flat = (rows.start or 0) * gradient.shape[2], gradient.flatten(1)
             for asked, V in pieces:
-                scores[asked, some].addmm_(V[:, start : start + flat.shape[1]], flat.T)
+                scores[asked, some] += matmul(
+                    V[:, start : start + flat.shape[1]], flat.T, flat.new_empty(len(V), len(flat))
+                )
             if inverse is not None:
                 norms[some] += flat.square_() @ inverse[rows].flatten()
         return scores, norms
