@@ -27,7 +27,7 @@ from influence_kit.gradients import (
     read_batch,
     sequence_gradients,
 )
-from influence_kit.shelf import Buffers, Shelf, aligned_width, free_disk
+from influence_kit.shelf import Buffers, Shelf, aligned_width, free_disk, release_freed
 
 OVERSAMPLED = 8  # columns beyond the rank in the randomised decomposition
 POWER_STEPS = 2
@@ -98,7 +98,8 @@ class Directions:
                     lost[rows] += error.cpu()
                     whole[rows] += direction.square().sum((1, 2)).cpu()
                     self._keep_low(name, rows, left, right)
-        del self._scratch
+        del self._scratch, rotator
+        release_freed()
         self.norms = squares.sqrt()
         self.errors = None if rank is None else (lost / whole.clamp(min=torch.finfo(whole.dtype).tiny)).sqrt()
 

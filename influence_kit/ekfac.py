@@ -24,7 +24,7 @@ from influence_kit.gradients import Recorder, batch_rows, count, device_of, dtyp
 from influence_kit.labels import PseudoGradients
 from influence_kit.processes import all_reduce, barrier, broadcast, rank_and_size, shard
 from influence_kit.resume import State, by_rank, digest, witnesses
-from influence_kit.shelf import Shelf, aligned, free_disk
+from influence_kit.shelf import Shelf, aligned, free_disk, release_freed
 
 METHODS = ("ekfac", "kfac", "diagonal", "identity")
 Progress = Callable[[int, int], None]
@@ -40,7 +40,7 @@ def fit_ekfac(
     seed: int = 0,
     method: str = "ekfac",
     blocks: int = 1,
-    memory: float = 1e9,
+    memory: float = 2e9,
     resume: str | os.PathLike | None = None,
     progress: Progress | None = None,
 ) -> Factors:
@@ -105,11 +105,13 @@ def fit_ekfac(
             )
         if method == "diagonal":
             all_reduce([source.labels, source.counted])
+    drawn, details["tokens"] = source.labels, int(source.counted.sum())
+    del source
+    release_freed()
     barrier()
     state.forget()
     fitted = {n: LayerFactors(*bases[n], eigenvalues[n]) for n in chosen}
-    details["tokens"] = int(source.counted.sum())
-    return Factors(fitted, source.labels, details).to(dtype=dtype_of(model))
+    return Factors(fitted, drawn, details).to(dtype=dtype_of(model))
 
 
 def _identity(module: nn.Module) -> LayerFactors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import shutil
@@ -107,6 +108,13 @@ class Shelf:
 def bytes_of(tensor: Tensor) -> memoryview:
     """The tensor's numbers in row order: its own memory where it lies so on the CPU, else a copy's."""
     return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def release_freed() -> None:
+    """Let the system have what was freed. glibc keeps tensors of less than 32 MB for itself, gigabytes after a fit."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def free_disk() -> int:
