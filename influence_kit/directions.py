@@ -31,7 +31,7 @@ from influence_kit.shelf import Buffers, Shelf, aligned_width, free_disk, releas
 
 OVERSAMPLED = 8  # columns beyond the rank in the randomised decomposition
 POWER_STEPS = 2
-LEANING = 8  # how much rather V is turned, once, than tokens in every scan
+LEANING = 16  # how much rather V is turned, once, than tokens in every scan
 QUERY_BLOCK = 1 << 24  # elements of query gradients formed at a time
 TOKEN_BLOCK = 1 << 24  # elements of token products formed at a time at low rank
 
@@ -112,7 +112,7 @@ class Directions:
         layer, rotated = self.layers[name], self.rotated[name]
         aside = bias and not rotated.inputs
         if not rotated.inputs and layer.inputs is not None:
-            direction = rotate_columns(direction, layer.inputs, back=True)
+            direction = rotate_columns(direction, layer.inputs, back=True, buffers=self._scratch)
         if aside:
             column = direction[..., -1]
             if layer.outputs is not None and not rotated.outputs:

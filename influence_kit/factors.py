@@ -178,10 +178,10 @@ def rotate_rows(gradient: Tensor, basis: Basis, back: bool = False) -> Tensor:
     return torch.cat([(q if back else q.T) @ part for q, part in zip(basis, parts, strict=True)], -2)
 
 
-def rotate_columns(gradient: Tensor, basis: Basis, back: bool = False) -> Tensor:
-    """D Q (or D Q^T when `back`) for D [..., P, M']."""
+def rotate_columns(gradient: Tensor, basis: Basis, back: bool = False, buffers: Buffers | None = None) -> Tensor:
+    """D Q (or D Q^T when `back`) for D [..., P, M']; with `buffers`, valid until asked for again."""
     if len(basis) == 1:
-        wide = gradient.new_empty(*gradient.shape[:-1], aligned_width(gradient.shape[-1]))[..., : gradient.shape[-1]]
+        wide = (buffers or Buffers())("columns", tuple(gradient.shape), gradient)
         matmul(gradient.flatten(0, -2), basis[0].T if back else basis[0], wide.flatten(0, -2))
         return wide
     parts = gradient.split([len(q) for q in basis], -1)
