@@ -36,7 +36,7 @@ def score(
     queries: Mapping[str, Tensor],
     sequences: Mapping[str, Tensor],
     damping: float = 0.1,
-    batch_size: int = 64,
+    batch_size: int = 32,
     *,
     by_layer: bool = False,
     self_influence: bool = True,
@@ -55,7 +55,8 @@ def score(
         are short against the layers, leaving it out halves the scan.
     rank: hold query directions at this rank, or at the lowest that keeps their relative error under a number below 1
         (the paper's query batching); the errors are in the result.
-    memory: bytes of query directions held in memory; beyond it they are read from a temporary file for every batch.
+    memory: bytes of query directions held in memory; beyond it they are read from a temporary file for every batch, which then
+        should be larger.
     corpus_size: sequences of the whole training corpus, default N.
     resume: a folder (one that all processes see) for the state from which a killed scan goes on, with any number of
         processes. progress: called with (sequences done, sequences to do).
@@ -98,7 +99,7 @@ def top_scores(
     sequences: Mapping[str, Tensor],
     k: int = 100,
     damping: float = 0.1,
-    batch_size: int = 64,
+    batch_size: int = 32,
     *,
     form: str = "raw",
     rank: int | float | None = None,

@@ -6,7 +6,8 @@
 
 Models and worlds come from the project's own stages: from the cache, or made there first (minutes to tens of minutes).
 Real text that cannot be reached is left out, with a line that says so. Factors are fitted anew on 1,000 sequences;
-indexes go to a temporary folder. Prints a Markdown table. Not a test: run by hand on an idle machine.
+indexes go to a temporary folder. Prints a Markdown table; --readme also puts it into README.md. Not a test: run by hand on an
+idle machine.
 
 Recall: share of the exact 10 best at either end found, mean over queries and ends (queries asked together see their own
 candidates alone). The cost of a query is that of reading an index of 100,000 sequences (the built one repeated) that the page cache holds, without
@@ -19,12 +20,14 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
+from rivals import processor
 
 from influence_kit import fit_ekfac, index, score
 from influence_kit.corpora.world import World, batch_of
@@ -34,6 +37,7 @@ from influence_kit.models import load
 from influence_kit.pipeline.cache import ensure
 from influence_kit.pipeline.grid import planted_grid, text_grid
 from influence_kit.pipeline.profiles import load_profile
+from influence_kit.pipeline.readme import fill
 from influence_kit.pipeline.stages.influence import scan_rows, scored_queries
 from influence_kit.scores import TopScores, ends
 
@@ -52,6 +56,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=100_000, help="sequences of the index that queries are timed on")
     parser.add_argument("--seed", type=int, help="one of the profile's; default its first")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--readme", action="store_true", help="also put the table into README.md")
     return parser.parse_args()
 
 
@@ -80,16 +85,16 @@ def repeated(small: Index, rows: int, folder: Path) -> Index:
 
 
 def seconds(call) -> float:
-    """The faster of two calls."""
+    """The fastest of five calls: the first ones bring the index into the page cache."""
     times = []
-    for _ in range(2):
+    for _ in range(5):
         started = time.perf_counter()
         call()
         times.append(time.perf_counter() - started)
     return min(times)
 
 
-def measure(asked: argparse.Namespace, trained) -> None:
+def measure(asked: argparse.Namespace, trained) -> Iterator[str]:
     """The table's lines for one model."""
     folder = ensure(trained.world)
     world, model = World.load(folder), load(ensure(trained.model))
@@ -128,30 +133,43 @@ def measure(asked: argparse.Namespace, trained) -> None:
                 cells.append(f"{seconds(lambda many=many: many.query(model, few, 10)) / len(few['input_ids']):.2f}")
             else:
                 cells += ["", ""]
-            print("|", " | ".join([*cells, f"{build / scan:.2f}"]), "|", flush=True)
+            yield f"| {' | '.join([*cells, f'{build / scan:.2f}'])} |"
 
 
-def main() -> None:
-    asked = arguments()
-    torch.set_num_threads(asked.threads)
+def table(asked: argparse.Namespace) -> Iterator[str]:
+    """The Markdown table, line by line."""
     profile = load_profile(asked.profile)
     seeds = [profile.seeds[0] if asked.seed is None else asked.seed]
     head = f"{HEAD} | {COST.format(rows=asked.rows)}"
-    print(f"{asked.queries} queries, {asked.threads} threads, torch {torch.__version__}\n")
-    print(f"| {head} |\n|{' --- |' * len(head.split(' | '))}", flush=True)
+    yield f"{asked.queries} queries, {asked.threads} thread{'s' * (asked.threads > 1)}, {processor()}, torch {torch.__version__}"
+    yield ""
+    yield f"| {head} |"
+    yield f"|{' --- |' * len(head.split(' | '))}"
     for corpus in asked.corpora:
         sizes = (profile.atlas if corpus == "atlas" else profile.text or profile.atlas).family.sizes
         widths = asked.widths or [sizes[len(sizes) // 2].width]
         if corpus == "text" and profile.text is None:
-            print(f"| text left out: profile {profile.name} has none |", flush=True)
+            yield f"| text left out: profile {profile.name} has none |"
             continue
         try:
             narrowed = {"widths": widths, "seeds": seeds}
             text = corpus == "text"
             for trained in text_grid(profile, **narrowed) if text else planted_grid(profile, corpus, **narrowed):
-                measure(asked, trained)
+                yield from measure(asked, trained)
         except UserError as error:
-            print(f"| {corpus} left out: {error} |", flush=True)
+            yield f"| {corpus} left out: {error} |"
+
+
+def main() -> None:
+    asked = arguments()
+    torch.set_num_threads(asked.threads)
+    lines = []
+    for line in table(asked):
+        print(line, flush=True)
+        lines.append(line)
+    if asked.readme:
+        readme = Path(__file__).resolve().parents[2] / "README.md"
+        readme.write_text(fill(readme.read_text(), {"index": "\n".join(lines) + "\n"}))
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def beside_training(asked, model, factors, queries, sequences) -> dict[str, floa
 
     twice = {"input_ids": torch.cat([queries["input_ids"]] * 2)}
     prepared = {
-        name: scoring._Scan(model, factors, some, sequences, 0.1, 64, False, norms, None, 4e9)
+        name: scoring._Scan(model, factors, some, sequences, 0.1, 32, False, norms, None, 4e9)
         for name, some, norms in (
             ("scan", queries, False),
             ("scan, queries doubled", twice, False),

@@ -172,10 +172,10 @@ def test_bytes_that_a_fit_holds_are_the_engines(dtype, kept, monkeypatch):
 def test_sides_that_a_scan_rotates_are_chosen_by_the_tokens_of_a_rank(case):
     model, _, queries, shapes, factors, _ = case
     tokens = ASKED.sequences * (ASKED.length - 1)
-    all_tokens, a_ranks = (rotated_sides(factors, ASKED.queries, n, False) for n in (tokens, tokens // 8))
+    all_tokens, a_ranks = (rotated_sides(factors, ASKED.queries, n, False) for n in (tokens, tokens // 16))
     assert all_tokens != a_ranks
     asking, _ = counted(Directions, model, factors, queries, 0.1, a_ranks)
-    assert stages_of(shapes, replace(ASKED, ranks=8))["queries"].operations == pytest.approx(asking, rel=0.05)
+    assert stages_of(shapes, replace(ASKED, ranks=16))["queries"].operations == pytest.approx(asking, rel=0.05)
     asking, _ = counted(Directions, model, factors, queries, 0.1, all_tokens)
     assert stages_of(shapes)["queries"].operations == pytest.approx(asking, rel=0.05)
 
@@ -273,7 +273,7 @@ def test_what_directions_do_not_fit_into_memory_is_read_for_every_batch():
     found = stages_of(model.shapes, work, model)
     beyond = 64 * 4 * sum(p * m for p, m, _ in model.shapes) - 2e9
     assert found["queries"].temporary == beyond
-    assert found["scan"].traffic == pytest.approx(beyond * 10_000_000 / 64)
+    assert found["scan"].traffic == pytest.approx(beyond * 10_000_000 / 32)
     (slow,) = problems(list(found.values()), model.shapes, work)
     assert slow.startswith("slow: 169.2 GB of query directions") and "--rank" in slow
     (refused,) = problems(list(found.values()), model.shapes, replace(work, disk=1e11))
