@@ -50,13 +50,13 @@ def score(
 
     queries, sequences: `input_ids` int64 [., T] with optional `loss_mask` bool; a query's mask marks its completion.
     damping: lambda of each layer as a share of the mean of its eigenvalues (the paper's 0.1).
+    batch_size: sequences read at a time; more are faster where directions are read from a file, once a batch.
     by_layer: also keep [Q, N, L].
     self_influence: also keep |phi_n|^2, for RelatIF and cosine. It needs every token in the eigenbasis: where sequences
         are short against the layers, leaving it out halves the scan.
     rank: hold query directions at this rank, or at the lowest that keeps their relative error under a number below 1
         (the paper's query batching); the errors are in the result.
-    memory: bytes of query directions held in memory; beyond it they are read from a temporary file for every batch, which then
-        should be larger.
+    memory: bytes of query directions held in memory; beyond it they are read from a temporary file for every batch.
     corpus_size: sequences of the whole training corpus, default N.
     resume: a folder (one that all processes see) for the state from which a killed scan goes on, with any number of
         processes. progress: called with (sequences done, sequences to do).

@@ -121,6 +121,23 @@ def test_pickled_weights_are_refused(tmp_path):
         models.load_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_loss_and_its_gradient_are_those_of_the_masked_targets_alone(architecture):
+    model = models.initialise(small(architecture), 3).double()
+    tokens = torch.randint(0, 29, (5, 12), generator=torch.Generator().manual_seed(2))
+    mask = torch.rand(5, 12, generator=torch.Generator().manual_seed(3)) < 0.5
+    mask[0] = False
+    loss, targets = models.cross_entropy(model, tokens, mask)
+    logp = model(input_ids=tokens).logits.log_softmax(-1)
+    chosen = [(row, t) for row in range(5) for t in range(1, 12) if mask[row, t]]
+    expected = -sum(logp[row, t - 1, tokens[row, t]] for row, t in chosen)
+    assert int(targets) == len(chosen)
+    torch.testing.assert_close(loss, expected)
+    found, wanted = (torch.autograd.grad(x, list(model.parameters())) for x in (loss, expected))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_evaluate_reads_only_the_completion():
     model = models.initialise(small(), 0).eval()
     data = random_sequences(3)

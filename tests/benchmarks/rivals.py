@@ -101,6 +101,8 @@ def run_influence_kit(asked: argparse.Namespace, folder: Path) -> dict:
 
 def beside_training(asked, model, factors, queries, sequences) -> dict[str, float]:
     """Seconds of a plain training pass (all weights' gradients) and of scans alone, in turn; the best of four each."""
+    import inspect
+
     import torch
 
     from influence_kit import scoring
@@ -115,9 +117,10 @@ def beside_training(asked, model, factors, queries, sequences) -> dict[str, floa
             model.zero_grad()
             sequence_losses(logits, batch.tokens[:, 1:], batch.loss_mask[:, 1:]).sum().backward()
 
+    batch_size = inspect.signature(scoring.score).parameters["batch_size"].default
     twice = {"input_ids": torch.cat([queries["input_ids"]] * 2)}
     prepared = {
-        name: scoring._Scan(model, factors, some, sequences, 0.1, 32, False, norms, None, 4e9)
+        name: scoring._Scan(model, factors, some, sequences, 0.1, batch_size, False, norms, None, 4e9)
         for name, some, norms in (
             ("scan", queries, False),
             ("scan, queries doubled", twice, False),
