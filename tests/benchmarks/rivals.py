@@ -88,7 +88,7 @@ def run_influence_kit(asked: argparse.Namespace, folder: Path) -> dict:
     sequences, queries = {"input_ids": files["train"], "loss_mask": files["mask"]}, {"input_ids": files["query"]}
     times = {"setup": clock(asked) - started}
     at = clock(asked)
-    factors = fit_ekfac(model, sequences, labels=files["labels"], batch_size=16)
+    factors = fit_ekfac(model, sequences, labels=files["labels"])
     times["factors"] = clock(asked) - at
     at = clock(asked)
     scores = score(model, factors, queries, sequences, self_influence=False)
