@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from influence_kit.errors import UserError
+from influence_kit.recipes import ARCHITECTURES, Recipe, steps_of
 
-ARCHITECTURES = ("gpt_neox", "llama", "gpt2")
 SAVE_EVERY_SECONDS = 20.0
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a model is trained. Batches are in sequences, learning rate is AdamW's peak, fractions are of all steps."""
-
-    learning_rate: float = 3e-3
-    batch_size: int = 64
-    passes: int = 1
-    warmup_steps: int = 100
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    betas: tuple[float, float] = (0.9, 0.98)
-    checkpoints: tuple[float, ...] = (0.0, 1 / 3, 2 / 3, 1.0)
-    evaluations: int = 12  # points of the held-out loss curve
-    seed: int = 0
 
 
 def _transformers():
@@ -122,11 +106,6 @@ def held_out_loss(model: nn.Module, held_out: Mapping[str, Tensor]) -> float:
     """Mean next-token loss in nats a token."""
     logs, _ = evaluate(model, held_out)
     return float(-logs.double().sum() / held_out["loss_mask"][:, 1:].sum())
-
-
-def steps_of(sequences: int, recipe: Recipe) -> int:
-    """Number of optimiser steps of a training run."""
-    return recipe.passes * math.ceil(sequences / recipe.batch_size)
 
 
 def train(

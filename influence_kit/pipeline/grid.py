@@ -10,10 +10,10 @@ from influence_kit.corpora.atlas import STATEMENT, Atlas
 from influence_kit.corpora.dialogue import Dialogue
 from influence_kit.corpora.parallel import ParallelText
 from influence_kit.errors import UserError
-from influence_kit.models import Recipe, steps_of
 from influence_kit.pipeline.cache import Cost, Stage
 from influence_kit.pipeline.profiles import PLANTED, DialogueGrid, Family, PlantedGrid, Profile, Scan, Size, TextGrid
 from influence_kit.pipeline.stages import tuples
+from influence_kit.recipes import Recipe, steps_of
 
 HOME = "influence_kit.pipeline.stages"
 FLOPS = 4e10  # sustained by one core; an estimate for `--plan` only

@@ -44,10 +44,17 @@ def notebooks_folder() -> Path:
     return folder / "notebooks"
 
 
-def read_cells(path: Path) -> list[list]:
-    """A notebook's cells as [type, source, tags], without outputs. Raises UserError if it is no notebook."""
+def _nbformat():
+    """nbformat, without two seconds of grammars: jsonschema would compile those of internationalised addresses."""
+    sys.modules.setdefault("rfc3987_syntax", None)
     import nbformat
 
+    return nbformat
+
+
+def read_cells(path: Path) -> list[list]:
+    """A notebook's cells as [type, source, tags], without outputs. Raises UserError if it is no notebook."""
+    nbformat = _nbformat()
     try:
         notebook = nbformat.read(path, as_version=4)
     except FileNotFoundError as error:
@@ -59,9 +66,9 @@ def read_cells(path: Path) -> list[list]:
 
 def known_parameters(path: Path) -> dict[str, dict]:
     """The parameters that a notebook's `parameters` cell declares: name -> inferred_type_name, default, help."""
+    read_cells(path)
     import papermill
 
-    read_cells(path)
     return papermill.inspect_notebook(str(path))
 
 
@@ -140,7 +147,7 @@ def execute(parameters: dict, inputs: Mapping[str, Path], out: Path, progress: P
 
     Raises UserError where a cell did, MemoryError when the kernel died, RuntimeError with cell and error otherwise.
     """
-    import nbformat
+    nbformat = _nbformat()
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
@@ -277,7 +284,6 @@ def _without_places(text: str) -> str:
 
 def to_text(notebook) -> str:
     """A notebook as JSON, always the same for the same content."""
-    import nbformat
-
+    nbformat = _nbformat()
     nbformat.validate(notebook)
     return nbformat.writes(notebook, version=4).rstrip("\n") + "\n"

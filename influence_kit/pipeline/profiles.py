@@ -19,9 +19,9 @@ from influence_kit.corpora.parallel import ParallelText
 from influence_kit.corpora.procedures import Procedures
 from influence_kit.corpora.wesnoth import SOURCES as SPOKEN
 from influence_kit.errors import UserError
-from influence_kit.models import ARCHITECTURES, Recipe
 from influence_kit.pipeline import stages
 from influence_kit.pipeline.stages import tuples
+from influence_kit.recipes import ARCHITECTURES, Recipe
 
 FOLDER = Path(__file__).parent / "profiles"
 # The worlds with planted truth, by the name of their section in a profile, which is also that of their stage.
