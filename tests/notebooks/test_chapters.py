@@ -68,6 +68,7 @@ def test_every_figure_has_its_four_files_with_provenance(verdicts):
     import pyarrow.parquet
 
     for figure in verdicts["figures"]:
+        assert figure["status"] != "new", f"{figure['name']} is not in expected.json: run smoke with --update-expected"
         files = {kind: FIGURES / f"{figure['name']}.{kind}" for kind in ("png", "svg", "parquet", "csv")}
         assert all(path.stat().st_size > 20 for path in files.values())
         about = json.loads(pyarrow.parquet.read_schema(files["parquet"]).metadata[b"influence_kit"])
