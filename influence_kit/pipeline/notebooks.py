@@ -45,7 +45,8 @@ def notebooks_folder() -> Path:
 
 
 def _nbformat():
-    """nbformat, without two seconds of grammars: jsonschema would compile those of internationalised addresses."""
+    """nbformat, without two seconds of grammars: jsonschema would compile those of internationalised addresses. To be called
+    before papermill is imported, which imports jsonschema too."""
     sys.modules.setdefault("rfc3987_syntax", None)
     import nbformat
 

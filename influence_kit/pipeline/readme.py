@@ -77,7 +77,8 @@ def times(folder: Path) -> str:
 
 def times_alone(known: dict[str, dict]) -> str:
     """What each chapter takes by itself: from nothing, half of its stages' seconds and its own; with its stages kept, its own."""
-    rows = ["| one chapter alone, two processes | stages | from nothing | stages kept |", "| --- | --- | --- | --- |"]
+    head = "| one chapter alone | stages | from nothing: half their seconds, and its own | stages kept: its own |"
+    rows = [head, "| --- | --- | --- | --- |"]
     for chapter in sorted((entry for entry in known.values() if entry["kind"] == "chapter"), key=lambda c: c["label"]):
         stages = [known[key] for key in chapter["stages"]]
         whole = sum(stage["wall_seconds"] for stage in stages) / 2 + chapter["wall_seconds"]
