@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_kit.errors import UserError
-from influence_kit.recipes import ARCHITECTURES, Recipe, steps_of
+from influence_kit.recipes import ARCHITECTURES, Recipe, schedule, steps_of
 
 SAVE_EVERY_SECONDS = 20.0
 
@@ -131,7 +131,7 @@ def train(
     saves = {round(fraction * steps) for fraction in recipe.checkpoints}
     tests = {round(steps * i / recipe.evaluations) for i in range(recipe.evaluations + 1)} | saves
     held_out = {name: tensor.to(device) for name, tensor in held_out.items()}
-    order = _order(total, recipe)
+    order = slots(total, recipe)
     recent, saved_at = [], time.monotonic()
     model.train()
     for step in range(start, steps + 1):
@@ -151,7 +151,7 @@ def train(
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         for group in optimiser.param_groups:
-            group["lr"] = recipe.learning_rate * _schedule(step, steps, recipe.warmup_steps)
+            group["lr"] = recipe.learning_rate * schedule(step, steps, recipe.warmup_steps)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         recent.append(float(loss.detach()))
@@ -172,6 +172,17 @@ def train(
     _write(folder / "losses.json", json.dumps({**about, **curve}, sort_keys=True))
     (folder / "resume.safetensors").unlink(missing_ok=True)
     return curve
+
+
+def slots(total: int, recipe: Recipe) -> Tensor:
+    """Row of every slot of the run: the corpus's own order first, then seeded shuffles; each pass fills whole batches."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    padded = math.ceil(total / recipe.batch_size) * recipe.batch_size
+    passes = []
+    for number in range(recipe.passes):
+        rows = torch.arange(total) if number == 0 else torch.randperm(total, generator=generator)
+        passes.append(torch.cat([rows, rows[: padded - total]]))
+    return torch.cat(passes)
 
 
 def save_checkpoint(model: nn.Module, folder: Path, step: int) -> None:
@@ -212,24 +223,6 @@ def _groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     plain = [p for p in model.parameters() if p.ndim < 2]
     return [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-
-
-def _schedule(step: int, steps: int, warmup: int) -> float:
-    warmup = min(warmup, max(1, steps // 10))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def _order(total: int, recipe: Recipe) -> Tensor:
-    """Row of every slot of the run: the corpus's own order first, then seeded shuffles; each pass fills whole batches."""
-    generator = torch.Generator().manual_seed(recipe.seed)
-    padded = math.ceil(total / recipe.batch_size) * recipe.batch_size
-    passes = []
-    for number in range(recipe.passes):
-        rows = torch.arange(total) if number == 0 else torch.randperm(total, generator=generator)
-        passes.append(torch.cat([rows, rows[: padded - total]]))
-    return torch.cat(passes)
 
 
 def _write(path: Path, text: str) -> None:

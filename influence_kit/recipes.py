@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 
 ARCHITECTURES = ("gpt_neox", "llama", "gpt2")
+LOGITS = 2**20  # entries of a batch of all models trained together: more are no faster (4 MB, of a core's cache)
+MOST = 64  # models trained together: more are no faster either
 
 
 @dataclass(frozen=True)
@@ -27,3 +29,16 @@ class Recipe:
 def steps_of(sequences: int, recipe: Recipe) -> int:
     """Number of optimiser steps of a training run."""
     return recipe.passes * math.ceil(sequences / recipe.batch_size)
+
+
+def schedule(step: int, steps: int, warmup: int) -> float:
+    """Share of the peak learning rate at a step of a run: a linear rise, at most a tenth of the run, then a cosine down to .02."""
+    warmup = min(warmup, max(1, steps // 10))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def how_many_together(recipe: Recipe, length: int, vocabulary_size: int) -> int:
+    """Number of models that are best trained at once, on sequences of `length` tokens (`referees.retraining.answers`)."""
+    return max(1, min(MOST, LOGITS // (recipe.batch_size * length * vocabulary_size)))

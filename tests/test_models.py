@@ -81,7 +81,7 @@ def test_killed_training_goes_on_to_the_same_bits(tmp_path):
 
 
 def test_last_batches_of_a_pass_are_full_and_cover_every_sequence():
-    order = models._order(19, models.Recipe(batch_size=8, passes=2))
+    order = models.slots(19, models.Recipe(batch_size=8, passes=2))
     assert len(order) == 48 and torch.equal(order[:19], torch.arange(19))
     assert set(order[24:].tolist()) == set(range(19))
 

@@ -13,7 +13,7 @@ from influence_kit.errors import UserError
 from influence_kit.pipeline.cache import Cost, Stage
 from influence_kit.pipeline.profiles import PLANTED, DialogueGrid, Family, PlantedGrid, Profile, Scan, Size, TextGrid
 from influence_kit.pipeline.stages import tuples
-from influence_kit.recipes import Recipe, steps_of
+from influence_kit.recipes import Recipe, how_many_together, steps_of
 
 HOME = "influence_kit.pipeline.stages"
 FLOPS = 4e10  # sustained by one core; an estimate for `--plan` only
@@ -214,10 +214,17 @@ def _extra(kind: str, own: dict, scan: Stage, fraction: float, name: str) -> Sta
     cost = replace(scan.cost, seconds=scan.cost.seconds / 2)  # seen: a tenth of a scan to all of it
     if kind in REFEREES:  # these train again, or need to know how the model was trained; only one of them reads a scan
         inputs, parameters = inputs if kind == "reweighted" else scan.inputs, {**parameters, "model": scan.inputs["model"].parameters}
-        trained = scan.inputs["model"].cost.seconds
+        trained = scan.inputs["model"].cost.seconds / _faster_together(scan.inputs["model"])
         trainings = own.get("subsets", 0) / 2 + (1 + 2 * own.get("queries", 0) * len(own.get("counts", ()))) * (kind == "reweighted")
-        cost = replace(cost, seconds=trained * trainings * own.get("repeats", 1) + own.get("responses", 0) + 20 * scan.cost.seconds)
+        cost = replace(cost, seconds=trained * trainings * own.get("repeats", 1) + own.get("responses", 0) + 20 * scan.cost.seconds * (kind in ("response", "rivals")))
     return Stage(kind, f"{HOME}.{kind}:{kind}", {**own, **parameters}, inputs, cost=cost, label=label)
+
+
+def _faster_together(model: Stage) -> float:
+    """How much less time the same model takes where many are trained at once; seen: a tenth where that many fit."""
+    _, length, vocabulary = shape(model.inputs["world"])
+    recipe = Recipe(**tuples(model.parameters["recipe"]))
+    return min(10.0, (1 + how_many_together(recipe, length, vocabulary)) / 2)
 
 
 def _pretrained(

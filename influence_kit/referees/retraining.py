@@ -2,13 +2,26 @@
 
 The linear datamodelling score (Park et al. 2023, TRAK) asks of any method: do the summed scores of the sequences in a random
 half rank the halves as the retrained models' answers do?
+
+Models of a few thousand weights spend their training waiting for Python, so that many of them are trained in the time of a
+few: `answers` stacks their weights and takes each step for all of them at once.
 """
 
 from __future__ import annotations
 
-import numpy as np
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from influence_kit import models
 from influence_kit.errors import UserError
+from influence_kit.recipes import Recipe, schedule
 
 
 def random_halves(total: int, subsets: int, seed: int) -> np.ndarray:
@@ -23,3 +36,87 @@ def random_halves(total: int, subsets: int, seed: int) -> np.ndarray:
         if row + 1 < subsets:
             found[row + 1] = ~found[row]
     return found
+
+
+def answers(
+    config: Any,
+    sequences: Mapping[str, Tensor],
+    rows: Tensor,
+    recipe: Recipe,
+    seeds: Sequence[int],
+    queries: Mapping[str, Tensor],
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Train K models, each on its own rows of a corpus in their own order and from its own seed; log-probabilities [K, Q] in
+    nats of all queries' target tokens at the end.
+
+    config: of transformers, which all models share; sequences, queries: `input_ids` int64 [N, T], `loss_mask` bool [N, T]; rows
+    int64 [K, M], in which a row may occur more than once. Each is the model that `models.train` makes of sequences[rows[k]] with
+    the recipe and its seed, up to rounding; checkpoints and held-out losses are left out. Raises UserError where one diverged.
+    """
+    number, total = rows.shape
+    recipes = [replace(recipe, seed=seed) for seed in seeds]
+    order = torch.stack([rows[k][models.slots(total, recipes[k])] for k in range(number)])
+    batches = order.split(recipe.batch_size, 1)
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"  # the fused kernels know no stacked models and would be called for each of them
+    model = models.initialise(config, recipes[0].seed).to(device).train()
+    weights = _stacked(config, recipes, device)
+    optimiser = _optimiser(weights, recipe)
+    for step, batch in enumerate(batches):
+        tokens, keep = (sequences[name][batch].to(device) for name in ("input_ids", "loss_mask"))
+        vmap(lambda own, tokens, keep: _mean_loss(model, own, tokens, keep))(weights, tokens, keep).sum().backward()
+        _clip(weights, recipe.clip)
+        for group in optimiser.param_groups:
+            group["lr"] = recipe.learning_rate * schedule(step, len(batches), recipe.warmup_steps)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        if progress and (step + 1) % max(1, len(batches) // 20) == 0:
+            progress(step + 1, len(batches))
+    found = torch.stack([_answers_of_one(model, weights, k, queries, device) for k in range(number)])
+    if not found.isfinite().all():
+        seed = recipes[int((~found.isfinite()).any(1).nonzero()[0])].seed
+        raise UserError(f"training again diverged (seed {seed}): lower learning_rate={recipe.learning_rate}")
+    return found
+
+
+def _stacked(config: Any, recipes: Sequence[Recipe], device: str) -> dict[str, Tensor]:
+    """Weights [K, …] of models as their seeds draw them, by name; tied ones once."""
+    drawn = {seed: dict(models.initialise(config, seed).named_parameters()) for seed in {recipe.seed for recipe in recipes}}
+    names = drawn[recipes[0].seed]
+    return {
+        name: torch.stack([drawn[recipe.seed][name].detach() for recipe in recipes]).to(device).requires_grad_() for name in names
+    }
+
+
+def _optimiser(weights: dict[str, Tensor], recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW, which acts on each entry by itself; matrices decay, vectors do not, as in `models.train`."""
+    matrices = {"params": [weight for weight in weights.values() if weight.ndim >= 3], "weight_decay": recipe.weight_decay}
+    vectors = {"params": [weight for weight in weights.values() if weight.ndim < 3], "weight_decay": 0.0}
+    return torch.optim.AdamW([matrices, vectors], lr=recipe.learning_rate, betas=recipe.betas, fused=True)
+
+
+def _mean_loss(model: nn.Module, weights: dict[str, Tensor], tokens: Tensor, keep: Tensor) -> Tensor:
+    """Mean next-token loss of one model's batch, with other weights in the places of its own."""
+
+    loss, targets = models.cross_entropy(lambda **batch: functional_call(model, weights, kwargs=batch), tokens, keep)  # type: ignore[arg-type]
+    return loss / targets
+
+
+def _clip(weights: dict[str, Tensor], most: float) -> None:
+    """Shrink each model's gradient [K, …] to a norm of at most `most`."""
+    gradients = [weight.grad for weight in weights.values() if weight.grad is not None]
+    norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+    shrunk = (most / (norms + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(shrunk.view(-1, *[1] * (gradient.ndim - 1)))
+
+
+def _answers_of_one(model: nn.Module, weights: dict[str, Tensor], k: int, queries: Mapping[str, Tensor], device: str) -> Tensor:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name][k])
+    model.eval()
+    log_p, _ = models.evaluate(model, {name: tensor.to(device) for name, tensor in queries.items()})
+    return log_p.cpu()

@@ -11,6 +11,7 @@ from influence_kit import models
 from influence_kit.corpora.atlas import Atlas, build
 from influence_kit.corpora.world import World, batch_of
 from influence_kit.errors import UserError
+from influence_kit.pipeline.stages import retrained
 from influence_kit.pipeline.stages import reweighted as stage
 from influence_kit.pipeline.stages.influence import influence
 from influence_kit.pipeline.stages.train import train
@@ -44,26 +45,27 @@ def made(tmp_path_factory):
     return folders, {"model": trained, "queries": 3, "counts": [1, 20], "repeats": 2, **about}
 
 
-def test_whole_is_the_model_itself_and_kills_lose_nothing(made, tmp_path):
+def test_whole_is_the_model_itself_and_kills_lose_nothing(made, tmp_path, monkeypatch):
     folders, parameters = made
     calls = []
 
     def killed(done, total, what):
         calls.append((done, total))
-        if len(calls) == 5:
+        if done > 10:
             raise KeyboardInterrupt
 
+    monkeypatch.setattr(retrained, "how_many_together", lambda *_: 5)
     with pytest.raises(KeyboardInterrupt):
         stage.reweighted(parameters, folders, tmp_path, killed)
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "resume").glob("*.safetensors")}
-    assert len(kept) == 5 and calls[-1] == (5, 26)
+    assert len(kept) == 2 and 10 < calls[-1][0] <= 15 and calls[-1][1] == 26
     stage.reweighted(parameters, folders, tmp_path, quiet)
     assert all((tmp_path / "resume" / name).stat().st_mtime_ns == time for name, time in kept.items())
     found = load_file(tmp_path / "reweighted.safetensors")
     scan = load_file(folders["influence"] / "scores.safetensors")
     world = World.load(folders["world"])
     own, _ = models.evaluate(models.load(folders["model"], 1.0), batch_of(world.queries, scan["queries"]))
-    assert np.array_equal(found["whole"][0], own.numpy()) and not np.array_equal(found["whole"][1], own.numpy())
+    assert np.allclose(found["whole"][0], own.numpy(), atol=1e-4) and not np.allclose(found["whole"][1], own.numpy(), atol=0.1)
     assert found["log_p"].shape == (2, 3, 2, 2, len(own)) and found["counts"].tolist() == [1, 20]
 
 
@@ -89,4 +91,4 @@ def test_an_answer_is_that_of_a_model_trained_with_the_strongest_left_out_or_dou
         changed = {name: tensor[torch.from_numpy(order)] for name, tensor in batch_of(world.sequences).items()}
         models.train(config, changed, batch_of(world.held_out), recipe, tmp_path / f"again {way}")
         log_p, _ = models.evaluate(models.load(tmp_path / f"again {way}", 1.0), batch_of(world.queries, scan["queries"]))
-        assert np.array_equal(found["log_p"][way, 0, 0, 0], log_p.numpy())
+        assert np.allclose(found["log_p"][way, 0, 0, 0], log_p.numpy(), atol=1e-4)

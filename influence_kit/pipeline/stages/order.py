@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from influence_kit import models
 from influence_kit.corpora.atlas import STATEMENT
@@ -19,6 +21,10 @@ from influence_kit.corpora.world import World, batch_of
 from influence_kit.errors import UserError
 from influence_kit.factors import Factors
 from influence_kit.scoring import score
+
+Cut = tuple[Tensor, Tensor]  # tokens and targets, see `_cut`
+MOST = 64  # phrases that take their steps together: alone they would wait for Python
+ENTRIES = 2**22  # of the weights of all their models, at most: a few hundred MB with gradients
 
 
 def order(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
@@ -97,44 +103,66 @@ def finetuning(
     for name, size in (("step", step), ("rate", rate), ("steps", steps)):
         if not size > 0:
             raise UserError(f"{name}={size!r} must be above 0")
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    start = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
     within = tuple(f"{name}." for name in scored)
-    kept = [name.startswith(within) for name, weight in model.named_parameters() if weight.requires_grad]
-    before = [weight.detach().clone() for weight in weights]
-    found = {name: np.zeros(len(own)) for name in ("delta_half", "delta", "scored_delta", "learned", "phrase_learned")}
-    asked = _log_p(model, queries).detach().cpu().numpy()
+    together = max(1, min(MOST, ENTRIES // sum(weight.numel() for weight in start.values())))
+    parts = []
+    for rows in torch.arange(len(own)).split(together):
+        phrase, question = _cut(model, sequences, rows), _cut(model, queries, torch.from_numpy(own)[rows])
+        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels know no stacked weights
+            parts.append(_finetuned(model, start, phrase, question, (step, rate, steps), within))
+        progress(int(rows[-1]) + 1, len(own))
+    return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
 
-    def move(start: list[Tensor], gradients: tuple[Tensor, ...], size: float) -> None:
-        with torch.no_grad():
-            for weight, old, gradient in zip(weights, start, gradients, strict=True):
-                weight.copy_(old - size * gradient)
 
-    def descend(row: dict[str, Tensor]) -> tuple[float, tuple[Tensor, ...]]:
-        loss = -_log_p(model, row).sum()
-        return float(loss.detach()), torch.autograd.grad(loss, weights)
-
-    about, wanted = -1, tuple[Tensor, ...]()  # the query last met, and its gradients
-    for n, query in enumerate(own.tolist()):
-        row, question = _row(sequences, n), _row(queries, query)
-        if query != about:
-            about, wanted = query, descend(question)[1]
-        loss, gradients = descend(row)
-        pairs = zip(wanted, gradients, kept, strict=True)
-        found["scored_delta"][n] = step * sum(float((q * g).sum()) for q, g, keep in pairs if keep)
-        for name, size in (("delta_half", step / 2), ("delta", step)):
-            move(before, gradients, size)
-            with torch.no_grad():
-                found[name][n] = float(_log_p(model, question)) - asked[query]
-        move(before, gradients, rate)
-        for _ in range(1, steps):
-            move([weight.detach() for weight in weights], descend(row)[1], rate)
-        with torch.no_grad():
-            found["learned"][n] = float(_log_p(model, question)) - asked[query]
-            found["phrase_learned"][n] = float(_log_p(model, row)) + loss
-        if (n + 1) % 100 == 0 or n + 1 == len(own):
-            progress(n + 1, len(own))
-        move(before, gradients, 0.0)
+def _finetuned(
+    model: nn.Module, start: dict[str, Tensor], phrase: Cut, question: Cut, sizes: tuple[float, float, int], within: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """What `finetuning` returns, of phrases [K] that each have a copy of the model to themselves and take their steps together."""
+    step, rate, steps = sizes
+    alike = {name: weight.expand(len(phrase[0]), *weight.shape) for name, weight in start.items()}
+    before, gradients = _ascent(model, alike, phrase)
+    asked, wanted = _ascent(model, alike, question)
+    moved = [(wanted[name] * gradients[name]).flatten(1).sum(1) for name in start if name.startswith(within)]
+    found = {"scored_delta": step * sum(moved, torch.zeros_like(asked))}
+    for name, size in (("delta_half", step / 2), ("delta", step)):
+        found[name] = _each_log_p(model, _moved(alike, gradients, size), question).detach() - asked
+    weights = _moved(alike, gradients, rate)
+    for _ in range(1, steps):
+        weights = _moved(weights, _ascent(model, weights, phrase)[1], rate)
+    found["learned"] = _each_log_p(model, weights, question).detach() - asked
+    found["phrase_learned"] = _each_log_p(model, weights, phrase).detach() - before
     return found
+
+
+def _moved(weights: dict[str, Tensor], gradients: dict[str, Tensor], size: float) -> dict[str, Tensor]:
+    return {name: weight + size * gradients[name] for name, weight in weights.items()}
+
+
+def _ascent(model: nn.Module, weights: dict[str, Tensor], rows: Cut) -> tuple[Tensor, dict[str, Tensor]]:
+    """Log-probability [K] of each row under its own weights [K, …], and its gradient in them."""
+    leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+    log_p = _each_log_p(model, leaves, rows)
+    return log_p.detach(), dict(zip(leaves, torch.autograd.grad(log_p.sum(), list(leaves.values())), strict=True))
+
+
+def _each_log_p(model: nn.Module, weights: dict[str, Tensor], rows: Cut) -> Tensor:
+    """Log-probability in nats of each row's targets [K], row k under weights [k]; differentiable where they are."""
+
+    def one(own: dict[str, Tensor], tokens: Tensor, keep: Tensor) -> Tensor:
+        batch = {"input_ids": tokens[None, :-1], "use_cache": False}
+        logs = functional_call(model, own, kwargs=batch).logits[0].log_softmax(-1)
+        return (logs.gather(1, tokens[1:, None])[:, 0] * keep).sum()
+
+    return vmap(one)(weights, *rows)
+
+
+def _cut(model: nn.Module, batch: Mapping[str, Tensor], rows: Tensor) -> Cut:
+    """Tokens [K, T] of some rows and which of [K, T - 1] are targets; nothing behind the last target is kept."""
+    device = next(model.parameters()).device
+    keep = batch["loss_mask"][rows, 1:]
+    end = int(keep.any(0).nonzero().max()) + 2
+    return batch["input_ids"][rows, :end].to(device), keep[:, : end - 1].to(device)
 
 
 def _log_p(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -146,10 +174,6 @@ def _log_p(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
     gold = logits.log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)
     return (gold * keep[:, : end - 1]).sum(1)
-
-
-def _row(batch: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
-    return {name: tensor[n : n + 1] for name, tensor in batch.items()}
 
 
 def _only(batch: Mapping[str, Tensor], place: int) -> dict[str, Tensor]:

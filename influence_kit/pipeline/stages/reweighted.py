@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from influence_kit import models
 from influence_kit.corpora.world import World, batch_of
 from influence_kit.errors import UserError
-from influence_kit.pipeline.stages import tuples
+from influence_kit.pipeline.stages.retrained import retrained
 
-APART = 1000  # between the seeds of repeated trainings, as in `bank`
 WAYS = ("out", "in")
 
 
@@ -28,53 +24,27 @@ def reweighted(parameters: dict, inputs: dict[str, Path], out: Path, progress) -
     foretells of such a change), asked int64 [K] (which of the Q queries it was done for), counts int64 [C].
 
     parameters: model (those of the stage that trained it), queries, counts, repeats, seed, and an extra's own. Weak sequences are drawn
-    from the half of the scan with the least influence on the query. Each answer is kept as soon as it is there.
+    from the half of the scan with the least influence on the query.
     """
-    world, trained = World.load(inputs["world"]), parameters["model"]
-    recipe = replace(models.Recipe(**tuples(trained["recipe"])), checkpoints=(1.0,), evaluations=1)
-    size = (trained["width"], trained["depth"])
-    config = models.configure(trained["architecture"], world.vocabulary_size, *size, world.context)
-    sequences, held_out = batch_of(world.sequences), batch_of(world.held_out)
+    world = World.load(inputs["world"])
     scan = load_file(inputs["influence"] / "scores.safetensors")
     values, rows = scan["values"].double().numpy(), scan["rows"].numpy()
     queries = batch_of(world.queries, scan["queries"].numpy())
     asked, counts = np.linspace(0, len(values) - 1, min(parameters["queries"], len(values))).astype(int), parameters["counts"]
-    kept = out / "resume"
-    kept.mkdir(parents=True, exist_ok=True)
-    total = (1 + len(WAYS) * len(asked) * len(counts)) * parameters["repeats"]
-
-    def answers(name: str, order: np.ndarray) -> torch.Tensor:
-        """log_p [R, Q] after training on the corpus' sequences in this order."""
-        found = []
-        for repeat in range(parameters["repeats"]):
-            path, folder = kept / f"{name}-{repeat}.safetensors", kept / f"{name}-{repeat}"
-            if not path.exists():
-                folder.mkdir(exist_ok=True)
-                changed = {column: tensor[torch.from_numpy(order)] for column, tensor in sequences.items()}
-                again = replace(recipe, seed=recipe.seed + APART * repeat)
-                models.train(config, changed, held_out, again, folder, device=parameters["device"])
-                log_p, _ = models.evaluate(models.load(folder, 1.0), queries)
-                temporary = path.with_suffix(".part")
-                save_file({"log_p": log_p.contiguous()}, temporary)
-                temporary.replace(path)
-                shutil.rmtree(folder)
-            found.append(load_file(path)["log_p"])
-            progress(len(list(kept.glob("*.safetensors"))), total, "retrained models")
-        return torch.stack(found)
-
-    order = np.arange(world.sequences.num_rows)
-    whole, log_p, predicted = answers("whole", order), [], []
+    whole = np.arange(world.sequences.num_rows)
+    corpora, predicted = [whole], []
     for way in WAYS:
         for query in asked:
             for count in counts:
                 strong, weak = strongest_and_weak(values[query], count, parameters["seed"])
                 lost, instead = (strong, weak) if way == "out" else (weak, strong)
-                changed = order.copy()
+                changed = whole.copy()
                 changed[rows[lost]] = rows[instead]
-                log_p.append(answers(f"{way}-{query:04}-{count}", changed))
-                predicted.append(torch.from_numpy((values[:, instead].sum(1) - values[:, lost].sum(1)) / len(order)))
+                corpora.append(changed)
+                predicted.append(torch.from_numpy((values[:, instead].sum(1) - values[:, lost].sum(1)) / len(whole)))
+    log_p = retrained(parameters["model"], world, corpora, parameters["repeats"], queries, out / "resume", progress)
     shape = (len(WAYS), len(asked), len(counts))
-    tensors = {"log_p": torch.stack(log_p).unflatten(0, shape), "whole": whole, "predicted": torch.stack(predicted).unflatten(0, shape)}
+    tensors = {"log_p": log_p[1:].unflatten(0, shape).contiguous(), "whole": log_p[0].clone(), "predicted": torch.stack(predicted).unflatten(0, shape)}
     save_file({**tensors, "asked": torch.from_numpy(asked), "counts": torch.tensor(counts)}, out / "reweighted.safetensors")
 
 

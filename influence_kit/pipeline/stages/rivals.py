@@ -18,6 +18,7 @@ from influence_kit.corpora.world import World, batch_of
 from influence_kit.factors import Factors
 from influence_kit.pipeline.stages import tuples
 from influence_kit.pipeline.stages.influence import scan_rows, scored_queries
+from influence_kit.recipes import schedule
 from influence_kit.referees.rivals import METHODS, Method, Setting, damping_sweep, methods_for, variants  # noqa: F401 METHODS by name
 
 SALT = 0x217A
@@ -76,7 +77,7 @@ def setting_of(world: World, parameters: dict, trained: Path, kept: Path) -> Set
     recipe = models.Recipe(**tuples(parameters["model"]["recipe"]))
     steps = models.steps_of(world.sequences.num_rows, recipe)
     rates = [
-        (at, recipe.learning_rate * models._schedule(min(round(at * steps), steps - 1), steps, recipe.warmup_steps))
+        (at, recipe.learning_rate * schedule(min(round(at * steps), steps - 1), steps, recipe.warmup_steps))
         for at in parameters.get("tracin", [1.0])
     ]
     plain = {"damping": parameters["damping"], "layers": parameters["layers"], "seed": parameters["seed"]}
