@@ -19,7 +19,7 @@ from influence_kit.factors import Factors
 from influence_kit.pipeline.stages import tuples
 from influence_kit.pipeline.stages.influence import scan_rows, scored_queries
 from influence_kit.recipes import schedule
-from influence_kit.referees.rivals import METHODS, Method, Setting, damping_sweep, methods_for, variants  # noqa: F401 METHODS by name
+from influence_kit.referees.rivals import Method, Setting, damping_sweep, methods_for, variants
 
 SALT = 0x217A
 
