@@ -3,11 +3,12 @@
     G v = mean over sequences of sum_t J_t^T (diag p_t - p_t p_t^T) J_t v         (the paper's Eq 9; one matrix over all
                                                                                  tracked layers, nothing factored)
 
-J_t is the Jacobian of the logits at t. J v comes from forward-mode differentiation, J^T from the engine's own backward pass.
+J_t is the Jacobian of the logits at t. J v comes from forward-mode differentiation, J^T from a backward pass, each for all rows of
+v at once; the forward pass itself is taken once for all of them.
 Vectors over the tracked weights are flat, [Q, D]: a row a query, each layer's [P, M'] after the other.
 
-Cost of G v, one sequence and one row of v, where forward and backward pass together are 1: PRODUCT = 4/3 (forward 1/3, its
-tangents 1/3, backward 2/3).
+Cost of G v, one sequence and one row of v, where forward and backward pass together are 1: PRODUCT = 4/3 (tangents 2/3, backward
+2/3).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch.func import functional_call, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from influence_kit.errors import UserError
@@ -33,6 +34,7 @@ from influence_kit.gradients import (
     frozen,
     read_batch,
     sequence_gradients,
+    shape_of,
 )
 from influence_kit.labels import sample_labels, uniforms
 
@@ -86,11 +88,9 @@ class GaussNewton:
         chosen = torch.arange(count(self.sequences)) if rows is None else torch.as_tensor(rows)
         length = self.sequences["input_ids"].shape[1]
         total, step = torch.zeros_like(vectors), max(AT_ONCE // (len(vectors) * length), 1)
-        with frozen(self.model), Recorder(self.layers) as recorder:
-            for part in chosen.split(step):
-                some = {name: tensor[part] for name, tensor in self.sequences.items()}
-                batch = read_batch(some, slice(0, len(part)), device_of(self.model))
-                total += self._summed(recorder, vectors, batch)
+        for part in chosen.split(step):
+            some = {name: tensor[part] for name, tensor in self.sequences.items()}
+            total += self._summed(vectors, read_batch(some, slice(0, len(part)), device_of(self.model)))
         return total / len(chosen) + self.damping_of * vectors
 
     def dense(self, rows: int = 64) -> Tensor:
@@ -124,25 +124,46 @@ class GaussNewton:
             start += p * m
         return found
 
-    def _summed(self, recorder: Recorder, vectors: Tensor, batch: Batch) -> Tensor:
-        """Sum over a batch's sequences of J^T H J v, [Q, D]: row q of v meets copy q of the batch."""
-        number, end = len(vectors), batch.length
-        tokens = batch.tokens[:, :end].repeat(number, 1)
-        wanted = batch.loss_mask[:, 1 : end + 1].repeat(number, 1)
-        # Registered after the recorder's hooks: these begin the graph by a detached output, which drops tangents.
-        handles = [self.layers[name].register_forward_hook(_tangent(v)) for name, v in self.split(vectors).items()]
-        try:
-            # Of the attention kernels only the plain one has forward-mode derivatives.
-            with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
-                logits, moved = forward_ad.unpack_dual(forward(self.model, tokens))
-                p, moved = logits.detach().softmax(-1), moved.detach()
-                pulled = p * (moved - (p * moved).sum(-1, keepdim=True)) * wanted[..., None]
-            # Outside the dual level: some backward passes have no forward-mode derivatives, and none are wanted.
-            found = recorder.gradients((logits * pulled).sum())
-        finally:
-            for handle in handles:
-                handle.remove()
-        return torch.cat([_outer(each, number).flatten(1) for each in found.values()], 1).to(vectors)
+    def weights_of(self, vectors: Tensor) -> dict[str, Tensor]:
+        """Flat vectors [..., D] as torch lays weights and biases out, by parameter name, layer after layer."""
+        found = {}
+        for name, part in self.split(vectors).items():
+            layer, (_, width) = self.layers[name], shape_of(self.layers[name])
+            found[f"{name}.weight"] = part[..., :width] if isinstance(layer, nn.Linear) else part[..., :width].mT
+            if layer.bias is not None:
+                found[f"{name}.bias"] = part[..., width]
+        return found
+
+    def flat(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """What `weights_of` took apart."""
+        parts = []
+        for name, layer in self.layers.items():
+            weight = weights[f"{name}.weight"]
+            weight = weight if isinstance(layer, nn.Linear) else weight.mT
+            bias = [] if layer.bias is None else [weights[f"{name}.bias"][..., None]]
+            parts.append(torch.cat([weight, *bias], -1).flatten(-2))
+        return torch.cat(parts, -1)
+
+    def _summed(self, vectors: Tensor, batch: Batch) -> Tensor:
+        """Sum over a batch's sequences of J^T H J v, [Q, D]."""
+        tokens, wanted = batch.tokens[:, : batch.length], batch.loss_mask[:, 1 : batch.length + 1]
+        model = _Logits(self.model)
+        weights = {f"model.{name}": self.model.get_parameter(name).detach() for name in self.weights_of(vectors)}
+
+        def logits_at(weights: dict[str, Tensor]) -> Tensor:
+            return functional_call(model, weights, (tokens,))
+
+        def tangent(v: Tensor) -> Tensor:
+            moved = {f"model.{name}": part.to(weights[f"model.{name}"]) for name, part in self.weights_of(v).items()}
+            return jvp(logits_at, (weights,), (moved,))[1]
+
+        # Of the attention kernels only the plain one has forward-mode derivatives.
+        with torch.no_grad(), frozen(self.model), sdpa_kernel(SDPBackend.MATH):
+            logits, back = vjp(logits_at, weights)  # type: ignore[misc]
+            moved, p = vmap(tangent)(vectors), logits.softmax(-1)
+            pulled = p * (moved - (p * moved).sum(-1, keepdim=True)) * wanted[..., None]
+            found = vmap(lambda each: back(each)[0])(pulled)
+        return self.flat({name.removeprefix("model."): each for name, each in found.items()}).to(vectors)
 
     def precondition(self, vectors: Tensor) -> Tensor:
         """EK-FAC's (G + lambda)^-1 v, [Q, D]."""
@@ -235,27 +256,19 @@ def solve(
     return x, growth, done
 
 
-def _outer(found: TokenGradients, number: int | None = None) -> Tensor:
-    """sum_t g a^T: of each sequence [B, P, M'], or summed over the sequences of each of `number` copies [number, P, M']."""
+class _Logits(nn.Module):
+    """A model that returns its logits, whichever kind it is (`gradients.forward`)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return forward(self.model, tokens)
+
+
+def _outer(found: TokenGradients) -> Tensor:
+    """sum_t g a^T of each sequence, [B, P, M']."""
     a, g, bias = found
     a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2) if bias else a
-    if number is not None:
-        a, g = (x.reshape(number, -1, x.shape[2]) for x in (a, g))
     return g.mT @ a
-
-
-def _tangent(vectors: Tensor) -> Callable:
-    """A forward hook that adds dW a to the tangent of a layer's output; dW [Q, P, M'], Q copies of a batch in a row."""
-
-    def hook(module, arguments, output):
-        a = forward_ad.unpack_dual(arguments[0]).primal.detach()
-        copies = a.unflatten(0, (len(vectors), -1)).flatten(1, 2)
-        moved = copies @ vectors[..., : a.shape[2]].mT
-        if module.bias is not None:
-            moved = moved + vectors[:, None, :, -1]
-        moved = moved.reshape(output.shape).to(output.dtype)
-        return output + forward_ad.make_dual(torch.zeros_like(moved), moved)
-
-    return hook
-
-

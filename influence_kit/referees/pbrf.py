@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from influence_kit.errors import UserError
 from influence_kit.factors import Factors
-from influence_kit.gradients import Batch, count, forward, frozen, read_batch, sequence_losses, shape_of
+from influence_kit.gradients import Batch, count, forward, frozen, read_batch, sequence_losses
 from influence_kit.referees.curvature import LARGEST, GaussNewton, sampled_gradients
 
 DRAWS = 32  # sets of labels drawn for the coordinates
@@ -60,11 +60,8 @@ class ProximalResponse:
         """
         self.model = in_float64(model)
         self.curvature = GaussNewton(self.model, factors, sample, damping)
-        self.weights = [
-            weight
-            for layer in self.curvature.layers.values()
-            for weight in (layer.weight, *([] if layer.bias is None else [layer.bias]))
-        ]
+        self.names = list(self.curvature.weights_of(self.curvature.damping_of))
+        self.weights = [self.model.get_parameter(name) for name in self.names]
         self.start = [weight.detach().clone() for weight in self.weights]
         total = count(sample)
         self.batches = [read_batch(sample, slice(i, min(i + batch_size, total))) for i in range(0, total, batch_size)]
@@ -136,7 +133,7 @@ class ProximalResponse:
     def _objective(self, y: np.ndarray, asked: Batch, eps: float) -> tuple[float, np.ndarray]:
         """The objective and its gradient at theta_s + R^-T y, where R R^T is the damped Fisher matrix."""
         moved = torch.linalg.solve_triangular(self.root.T, torch.from_numpy(y)[:, None], upper=True)[:, 0]
-        self._place([a + b for a, b in zip(self.start, self._weights_of(moved), strict=True)])
+        self._place([a + b for a, b in zip(self.start, self.curvature.weights_of(moved).values(), strict=True)])
         for weight in self.weights:
             weight.requires_grad_(True)
         value, gradients = 0.0, [torch.zeros_like(weight) for weight in self.weights]
@@ -154,7 +151,7 @@ class ProximalResponse:
         add(eps * _losses(self.model, asked).sum())
         for weight in self.weights:
             weight.requires_grad_(False)
-        flat = self._flat(gradients) + self.curvature.damping_of * moved
+        flat = self.curvature.flat(dict(zip(self.names, gradients, strict=True))) + self.curvature.damping_of * moved
         value += float(0.5 * (self.curvature.damping_of * moved**2).sum())
         return value, torch.linalg.solve_triangular(self.root, flat[:, None], upper=False)[:, 0].numpy()
 
@@ -166,25 +163,6 @@ class ProximalResponse:
         with torch.no_grad():
             for weight, value in zip(self.weights, values, strict=True):
                 weight.copy_(value)
-
-    def _flat(self, tensors: list[Tensor]) -> Tensor:
-        """Weights and biases, as torch lays them out, as a flat vector [D] of the curvature's layers [P, M']."""
-        parts, rest = [], iter(tensors)
-        for layer in self.curvature.layers.values():
-            weight = next(rest)
-            weight = weight if isinstance(layer, nn.Linear) else weight.T
-            parts.append((weight if layer.bias is None else torch.cat([weight, next(rest)[:, None]], 1)).flatten())
-        return torch.cat(parts)
-
-    def _weights_of(self, vector: Tensor) -> list[Tensor]:
-        found = []
-        for name, part in self.curvature.split(vector).items():
-            layer = self.curvature.layers[name]
-            width = shape_of(layer)[1]
-            found.append(part[:, :width] if isinstance(layer, nn.Linear) else part[:, :width].T)
-            if layer.bias is not None:
-                found.append(part[:, width])
-        return found
 
 
 def in_float64(model: nn.Module) -> nn.Module:
