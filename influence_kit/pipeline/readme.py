@@ -76,13 +76,17 @@ def times(folder: Path) -> str:
 
 
 def times_alone(known: dict[str, dict]) -> str:
-    """What each chapter takes by itself: from nothing, half of its stages' seconds and its own; with its stages kept, its own."""
-    head = "| one chapter alone | stages | from nothing: half their seconds, and its own | stages kept: its own |"
-    rows = [head, "| --- | --- | --- | --- |"]
+    """What each chapter takes by itself: from nothing, half of its stages' seconds and its own, for all seeds and for the first one alone;
+    with its stages kept, its own."""
+    head = "| one chapter alone | stages | from nothing: half their seconds, and its own | the same, of one seed | stages kept: its own |"
+    rows = [head, "| --- | --- | --- | --- | --- |"]
     for chapter in sorted((entry for entry in known.values() if entry["kind"] == "chapter"), key=lambda c: c["label"]):
-        stages = [known[key] for key in chapter["stages"]]
-        whole = sum(stage["wall_seconds"] for stage in stages) / 2 + chapter["wall_seconds"]
-        rows.append(f"| {chapter['label']} | {len(stages)} | {clock(whole)} | {clock(chapter['wall_seconds'])} |")
+        stages, own = [known[key] for key in chapter["stages"]], chapter["wall_seconds"]
+        seeds = [re.search(r"seed (\d+)", stage["label"]) for stage in stages]
+        first = min((int(seed[1]) for seed in seeds if seed), default=0)
+        of_one = [stage for stage, seed in zip(stages, seeds, strict=True) if not seed or int(seed[1]) == first]
+        whole, one = (clock(sum(stage["wall_seconds"] for stage in some) / 2 + own) for some in (stages, of_one))
+        rows.append(f"| {chapter['label']} | {len(stages)} | {whole} | {one} | {clock(own)} |")
     return "\n".join(rows) + "\n"
 
 
