@@ -99,7 +99,6 @@ def _optimiser(weights: dict[str, Tensor], recipe: Recipe) -> torch.optim.Optimi
 
 def _mean_loss(model: nn.Module, weights: dict[str, Tensor], tokens: Tensor, keep: Tensor) -> Tensor:
     """Mean next-token loss of one model's batch, with other weights in the places of its own."""
-
     loss, targets = models.cross_entropy(lambda **batch: functional_call(model, weights, kwargs=batch), tokens, keep)  # type: ignore[arg-type]
     return loss / targets
 

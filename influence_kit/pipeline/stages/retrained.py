@@ -32,7 +32,8 @@ def retrained(
     config = models.configure(trained["architecture"], world.vocabulary_size, trained["width"], trained["depth"], world.context)
     sequences = batch_of(world.sequences)
     trainings = [(corpus, recipe.seed + APART * repeat) for corpus in corpora for repeat in range(repeats)]
-    together = how_many_together(recipe, sequences["input_ids"].shape[1], world.vocabulary_size)
+    # Stacking itself costs a fifth of a step, whatever is stacked: two models share it.
+    together = max(2, how_many_together(recipe, sequences["input_ids"].shape[1], world.vocabulary_size))
     kept.mkdir(parents=True, exist_ok=True)
     found = torch.full((len(trainings), len(queries["input_ids"])), torch.nan)
     for number, group in enumerate(groups := _groups(trainings, together)):
