@@ -33,8 +33,8 @@ for word in "$@"; do
   case "$before $word" in
     "--profile "*.y*ml | *" --profile="*.y*ml) ;;
     "--profile "* | *" --profile="*)
-      [ -f "influence_kit/pipeline/profiles/${word#--profile=}.yaml" ] ||
-        fail "profile '${word#--profile=}' is not known: choose one of $(basename -s .yaml influence_kit/pipeline/profiles/*.yaml | tr '\n' ' ')or give the path of a YAML file" ;;
+      [ -f "influence_kit/findings/profiles/${word#--profile=}.yaml" ] ||
+        fail "profile '${word#--profile=}' is not known: choose one of $(basename -s .yaml influence_kit/findings/profiles/*.yaml | tr '\n' ' ')or give the path of a YAML file" ;;
   esac
   before=$word
 done
@@ -43,7 +43,7 @@ export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" PYTHONHASHSEED=0
 
 log=.cache/install.log
 stamp() { { cat constraints.txt pyproject.toml; printf '%s\n' "$here"; } | cksum; }
-pinned() { "$1" -m influence_kit.pipeline.doctor --pins >/dev/null 2>&1; }
+pinned() { "$1" -m influence_kit.runner.doctor --pins >/dev/null 2>&1; }
 stamped() { [ -x "$1/bin/python" ] && [ "$(cat "$1/.stamp" 2>/dev/null)" = "$(stamp)" ] && "$1/bin/python" -c '' 2>/dev/null; }
 suits() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' >/dev/null 2>&1; }
 
@@ -122,7 +122,7 @@ if [ "$1" = doctor ]; then  # what it has to say matters most where the environm
   shift
   existing >/dev/null || (make_environment) || true
   python=$(existing || suitable) || fail "no Python 3.11, 3.12 or 3.13 found: install one, then run again"
-  exec "$python" -m influence_kit.pipeline.doctor "$@"
+  exec "$python" -m influence_kit.runner.doctor "$@"
 fi
 existing >/dev/null || make_environment
 python=$(existing) || fail "the environment is still not the one of constraints.txt (log: $log): delete .venv and .conda, then run again"

@@ -10,16 +10,16 @@ import importlib
 
 __version__ = "0.1.0"
 _HOME = {
-    "fit_ekfac": "ekfac",
-    "Factors": "factors",
-    "score": "scoring",
-    "top_scores": "scoring",
-    "TopScores": "scores",
-    "token_scores": "scoring",
-    "Scores": "scores",
-    "build_index": "index",
-    "Index": "index",
-    "tracked_layers": "gradients",
+    "fit_ekfac": "engine.fitting",
+    "Factors": "engine.factors",
+    "score": "engine.scans",
+    "top_scores": "engine.scans",
+    "TopScores": "engine.scores",
+    "token_scores": "engine.scans",
+    "Scores": "engine.scores",
+    "build_index": "engine.index",
+    "Index": "engine.index",
+    "tracked_layers": "engine.gradients",
     "UserError": "errors",
 }
 __all__ = [*sorted(_HOME), "__version__"]

@@ -2,7 +2,7 @@
 
 import sys
 
-from influence_kit.pipeline.cli import main
+from influence_kit.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,7 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from influence_kit.pipeline.doctor import read_pins, requirements, unmet
+from influence_kit.runner.doctor import read_pins, requirements, unmet
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -105,8 +105,8 @@ def test_environment_yml_installs_the_same():
 
 def test_profiles_are_package_data():
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    assert data == {"influence_kit.pipeline": ["profiles/*.yaml"]}
-    assert {"smoke.yaml", "laptop.yaml"} <= {path.name for path in ROOT.glob("influence_kit/pipeline/profiles/*.yaml")}
+    assert data == {"influence_kit.findings": ["profiles/*.yaml"]}
+    assert {"smoke.yaml", "laptop.yaml"} <= {path.name for path in ROOT.glob("influence_kit/findings/profiles/*.yaml")}
 
 
 def test_importing_the_package_is_quick_and_light():
@@ -122,7 +122,7 @@ def test_importing_the_package_is_quick_and_light():
 
 
 def test_the_command_line_starts_without_what_only_chapters_need():
-    code = "import influence_kit.pipeline.cli, sys; print(*sys.modules)"
+    code = "import influence_kit.cli, sys; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"datasets", "matplotlib", "papermill", "nbformat", "torch"} & set(loaded.stdout.split())
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from influence_kit.corpora.ladder import TIERS, tiers
 from influence_kit.corpora.world import World, token_matrix
+from influence_kit.corpora.worlds.ladder import TIERS, tiers
 from influence_kit.errors import UserError
 from influence_kit.measures.lexical import idf_overlap, token_counts
 from influence_kit.measures.lifts import _top_k, lift, mass_share, precision_at

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from influence_kit.corpora.atlas import namesakes, supporters
-from influence_kit.corpora.parallel import aligned
+from influence_kit.corpora.texts.parallel import aligned
 from influence_kit.corpora.world import World, token_matrix
+from influence_kit.corpora.worlds.atlas import namesakes, supporters
 from influence_kit.measures.lexical import idf_overlap, shares_tokens
 from influence_kit.measures.lifts import auc, lift, recall_at
 

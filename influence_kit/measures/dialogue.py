@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from influence_kit.corpora.wesnoth import NARRATOR
+from influence_kit.corpora.texts.wesnoth import NARRATOR
 from influence_kit.corpora.world import World, token_matrix
 from influence_kit.errors import UserError
 from influence_kit.measures.lexical import bm25, token_counts

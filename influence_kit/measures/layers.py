@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from influence_kit.corpora import atlas, cast, ladder
 from influence_kit.corpora.world import World
+from influence_kit.corpora.worlds import atlas, cast, ladder
 from influence_kit.errors import UserError
 from influence_kit.measures.lifts import lift, top_members
 

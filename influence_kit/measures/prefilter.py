@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from influence_kit.corpora import atlas, ladder
-from influence_kit.corpora.parallel import aligned
+from influence_kit.corpora.texts.parallel import aligned
 from influence_kit.corpora.world import World, token_matrix
+from influence_kit.corpora.worlds import atlas, ladder
 from influence_kit.errors import UserError
 from influence_kit.measures.lexical import bm25
 from influence_kit.measures.lifts import top_count, top_members

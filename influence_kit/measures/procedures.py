@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from influence_kit.corpora.procedures import OWNS, PROCEDURES, SO, TIERS, tiers
 from influence_kit.corpora.world import World, token_matrix
+from influence_kit.corpora.worlds.procedures import OWNS, PROCEDURES, SO, TIERS, tiers
 from influence_kit.errors import UserError
 from influence_kit.measures.lexical import bm25
 from influence_kit.measures.lifts import auc, lift

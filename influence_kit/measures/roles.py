@@ -44,7 +44,7 @@ def tier_lifts(scores, tiers: Mapping[str, np.ndarray], top: float = 0.01, two_s
 
     Args:
         scores: `[Q, N]`, any form.
-        tiers: bool `[Q, N]` by name, as `influence_kit.corpora.cast.tiers` gives them for the scanned rows and scored queries.
+        tiers: bool `[Q, N]` by name, as `influence_kit.corpora.worlds.cast.tiers` gives them for the scanned rows and scored queries.
         two_sided: read |scores| instead of scores.
 
     Raises:

@@ -41,7 +41,7 @@ def _packaged() -> list[str]:
     """The face out of a Debian package, kept in the cache, so that the archive is asked only once."""
     folder = _cache()
     if not (kept := sorted(folder.glob("*.tt[cf]"))):
-        from influence_kit.corpora.debian import fetch, members
+        from influence_kit.packages import fetch, members
 
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in members(fetch([PACKAGE], folder)[0], (".ttc", ".ttf")):

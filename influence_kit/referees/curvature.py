@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from influence_kit.errors import UserError
-from influence_kit.factors import Factors, rotate_columns, rotate_rows
-from influence_kit.gradients import (
+from influence_kit.engine.factors import Factors, rotate_columns, rotate_rows
+from influence_kit.engine.gradients import (
     Batch,
     Recorder,
     TokenGradients,
@@ -36,7 +35,8 @@ from influence_kit.gradients import (
     sequence_gradients,
     shape_of,
 )
-from influence_kit.labels import sample_labels, uniforms
+from influence_kit.engine.labels import sample_labels, uniforms
+from influence_kit.errors import UserError
 
 PRODUCT = 4 / 3
 WINDOW = 10  # iterations over which an energy that stands still has arrived

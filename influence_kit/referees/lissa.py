@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from influence_kit.engine.gradients import count
 from influence_kit.errors import UserError
-from influence_kit.gradients import count
 from influence_kit.referees.curvature import GaussNewton
 
 

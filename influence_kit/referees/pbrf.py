@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from influence_kit.engine.factors import Factors
+from influence_kit.engine.gradients import Batch, count, forward, frozen, read_batch, sequence_losses
 from influence_kit.errors import UserError
-from influence_kit.factors import Factors
-from influence_kit.gradients import Batch, count, forward, frozen, read_batch, sequence_losses
 from influence_kit.referees.curvature import LARGEST, GaussNewton, sampled_gradients
 
 DRAWS = 32  # sets of labels drawn for the coordinates

@@ -14,15 +14,15 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from influence_kit.ekfac import fit_ekfac
+from influence_kit.engine.factors import Factors
+from influence_kit.engine.fitting import fit_ekfac
+from influence_kit.engine.gradients import batch_rows, count, device_of, frozen, read_batch
+from influence_kit.engine.scans import score
+from influence_kit.engine.scores import Scores
 from influence_kit.errors import UserError
-from influence_kit.factors import Factors
-from influence_kit.gradients import batch_rows, count, device_of, frozen, read_batch
 from influence_kit.measures.lexical import bm25, idf_overlap, token_counts
 from influence_kit.referees.curvature import GaussNewton
 from influence_kit.referees.lissa import lissa, top_eigenvalue
-from influence_kit.scores import Scores
-from influence_kit.scoring import score
 
 HALVINGS = 4  # of LiSSA's scale, before it is given up
 Batch = Mapping[str, Tensor]

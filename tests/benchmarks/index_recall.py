@@ -29,17 +29,18 @@ import numpy as np
 import torch
 from rivals import processor
 
-from influence_kit import fit_ekfac, index, score
+from influence_kit import fit_ekfac, score
 from influence_kit.corpora.world import World, batch_of
+from influence_kit.engine import index
+from influence_kit.engine.index import Index, build_index, recall
+from influence_kit.engine.scores import TopScores, ends
 from influence_kit.errors import UserError
-from influence_kit.index import Index, build_index, recall
+from influence_kit.findings.families import planted_grid, text_grid
+from influence_kit.findings.profiles import load_profile
+from influence_kit.findings.stages.influence import scan_rows, scored_queries
 from influence_kit.models import load
-from influence_kit.pipeline.cache import ensure
-from influence_kit.pipeline.grid import planted_grid, text_grid
-from influence_kit.pipeline.profiles import load_profile
-from influence_kit.pipeline.readme import fill
-from influence_kit.pipeline.stages.influence import scan_rows, scored_queries
-from influence_kit.scores import TopScores, ends
+from influence_kit.publishing.readme import fill
+from influence_kit.runner.stages import ensure
 
 HEAD = "corpus | model | sequences | bytes asked | bytes taken | bits | coordinates kept | recall@10, rescored 100 | recall@10, not rescored"
 COST = "s a query of {rows:,} (1 alone) | s a query (5 together) | build / scan"

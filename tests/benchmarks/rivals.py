@@ -105,8 +105,8 @@ def beside_training(asked, model, factors, queries, sequences) -> dict[str, floa
 
     import torch
 
-    from influence_kit import scoring
-    from influence_kit.gradients import batch_rows, forward, read_batch, sequence_losses
+    from influence_kit.engine import scans as scoring
+    from influence_kit.engine.gradients import batch_rows, forward, read_batch, sequence_losses
 
     total = len(sequences["input_ids"])
 
@@ -163,7 +163,7 @@ def main() -> None:
         print(table := report(asked, folder, ran))
         if asked.readme:
             sys.path.insert(0, str(ROOT))
-            from influence_kit.pipeline.readme import fill
+            from influence_kit.publishing.readme import fill
 
             readme = ROOT / "README.md"
             readme.write_text(fill(readme.read_text(), {"rivals": table + "\n"}))

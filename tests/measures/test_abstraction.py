@@ -6,8 +6,8 @@ import pyarrow as pa
 import pytest
 from scipy.stats import spearmanr
 
-from influence_kit.corpora.ladder import Ladder, build, tiers
 from influence_kit.corpora.world import World, token_columns
+from influence_kit.corpora.worlds.ladder import Ladder, build, tiers
 from influence_kit.errors import UserError
 from influence_kit.measures.abstraction import (
     abstraction,

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from influence_kit.corpora.dialogue import Dialogue, build
+from influence_kit.corpora.texts.dialogue import Dialogue, build
 from influence_kit.errors import UserError
 from influence_kit.measures.dialogue import matched_preference, side_preference, speaker_preference, word_overlap
-from tests.corpora.test_dialogue import PARAMETERS, lines
+from tests.corpora.texts.test_dialogue import PARAMETERS, lines
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import f_oneway
 
-from influence_kit.corpora import ladder
-from influence_kit.corpora.deep import Deep, build
+from influence_kit.corpora.worlds import ladder
+from influence_kit.corpora.worlds.deep import Deep, build
 from influence_kit.errors import UserError
 from influence_kit.measures.layers import (
     block_shares,

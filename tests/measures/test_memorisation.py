@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from influence_kit.corpora.atlas import Atlas, build
+from influence_kit.corpora.worlds.atlas import Atlas, build
 from influence_kit.errors import UserError
 from influence_kit.measures.memorisation import largest_share, others, sources
 

@@ -5,7 +5,7 @@ from itertools import pairwise, permutations
 import numpy as np
 import pytest
 
-from influence_kit.corpora import atlas, ladder
+from influence_kit.corpora.worlds import atlas, ladder
 from influence_kit.errors import UserError
 from influence_kit.measures.prefilter import ALL, all_survive, overlap, prefilter, relations, survival
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from influence_kit.corpora.procedures import TIERS, VERBS, Procedures, build, tiers
+from influence_kit.corpora.worlds.procedures import TIERS, VERBS, Procedures, build, tiers
 from influence_kit.errors import UserError
 from influence_kit.measures.procedures import contrasts, correlations, shuffled_within, word_overlap
 

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from influence_kit.corpora.cast import Cast, build, tiers
+from influence_kit.corpora.worlds.cast import Cast, build, tiers
 from influence_kit.errors import UserError
 from influence_kit.measures.roles import (
     EFFECTS,

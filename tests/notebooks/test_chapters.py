@@ -10,8 +10,8 @@ import nbformat
 import pandas
 import pytest
 
-from influence_kit.corpora.debian import available
-from influence_kit.pipeline.chapters import CHAPTERS
+from influence_kit.findings.reads import CHAPTERS
+from influence_kit.packages import available
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "figures" / "smoke"

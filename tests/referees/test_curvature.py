@@ -7,8 +7,8 @@ from oracles import exact_scores, gauss_newton, sequence_gradients
 from reference import ekfac_scores
 
 from influence_kit import fit_ekfac
+from influence_kit.engine.factors import Factors, LayerFactors
 from influence_kit.errors import UserError
-from influence_kit.factors import Factors, LayerFactors
 from influence_kit.referees.curvature import PRODUCT, GaussNewton, sampled_inverse, solve
 from influence_kit.referees.lissa import lissa, minibatch, top_eigenvalue
 

@@ -9,14 +9,14 @@ from conftest import ARCHITECTURES, random_sequences
 from safetensors.numpy import load_file
 
 from influence_kit import models
-from influence_kit.corpora.atlas import Atlas, build
 from influence_kit.corpora.world import World, batch_of
+from influence_kit.corpora.worlds.atlas import Atlas, build
 from influence_kit.errors import UserError
-from influence_kit.pipeline.stages import bank as stage
-from influence_kit.pipeline.stages import retrained
-from influence_kit.pipeline.stages.influence import scored_queries
-from influence_kit.pipeline.stages.retrained import APART
-from influence_kit.pipeline.stages.train import train
+from influence_kit.findings.stages import bank as stage
+from influence_kit.findings.stages import retrained
+from influence_kit.findings.stages.influence import scored_queries
+from influence_kit.findings.stages.retrained import APART
+from influence_kit.findings.stages.train import train
 from influence_kit.recipes import how_many_together
 from influence_kit.referees.retraining import answers, random_halves
 
@@ -123,7 +123,7 @@ def test_a_killed_bank_trains_no_model_twice_and_ends_the_same(made, whole, tmp_
 
 
 def test_responses_are_asked_for_the_most_influential_of_each_query_in_turn_and_for_others():
-    from influence_kit.pipeline.stages.response import chosen
+    from influence_kit.findings.stages.response import chosen
 
     scores = torch.tensor([[0.0, -9.0, 1.0, 8.0, 0.5, 0.1], [7.0, 0.0, 0.2, 6.0, 0.0, 0.0]])
     found = chosen(scores, 6, seed=0)

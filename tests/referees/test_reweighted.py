@@ -8,13 +8,13 @@ import torch
 from safetensors.numpy import load_file
 
 from influence_kit import models
-from influence_kit.corpora.atlas import Atlas, build
 from influence_kit.corpora.world import World, batch_of
+from influence_kit.corpora.worlds.atlas import Atlas, build
 from influence_kit.errors import UserError
-from influence_kit.pipeline.stages import retrained
-from influence_kit.pipeline.stages import reweighted as stage
-from influence_kit.pipeline.stages.influence import influence
-from influence_kit.pipeline.stages.train import train
+from influence_kit.findings.stages import retrained
+from influence_kit.findings.stages import reweighted as stage
+from influence_kit.findings.stages.influence import influence
+from influence_kit.findings.stages.train import train
 
 from .test_retraining import SMALL, quiet
 

@@ -1,0 +1,323 @@
+"""The command line: run, stages, scale, test, doctor. Exit codes: 0 done, 1 a stage failed, 2 yours to mend, 130 Ctrl-C, 137 memory."""
+
+import errno
+import inspect
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from influence_kit.errors import UserError
+from influence_kit.runner.machine import repository, say
+from influence_kit.runner.scheduler import RunFailed, clock
+
+# Options that take several values: `--only 03 05` means `--only 03 --only 05`.
+SEVERAL = ("--only", "--seeds", "--force")
+INTERRUPTED = 130
+NO_TEXT = "INFLUENCE_KIT_WITHOUT_REAL_TEXT"  # read by chapters too
+
+app = typer.Typer(
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+    help="Influence functions for language models: train, fit, score, and execute every chapter.",
+)
+Profile = Annotated[str, typer.Option(help="smoke, laptop, gpu or hub.")]
+Only = Annotated[list[str], typer.Option(metavar="CHAPTER…", help="These chapters: 03, or 03_heavy_tails.")]
+Seeds = Annotated[list[str], typer.Option(metavar="SEED…", help="These seeds instead of the profile's: 0,1,2.")]
+ShowPlan = Annotated[
+    bool, typer.Option("--plan", help="Show the cost and do nothing; with --sequences, of that size (scale --help).")
+]
+Force = Annotated[list[str], typer.Option(metavar="STAGE|all", help="Make again: a kind of stage, a chapter, or all.")]
+Jobs = Annotated[int | None, typer.Option(min=1, help="Processes at the same time (default: the cores).")]
+WithoutRealText = Annotated[
+    bool, typer.Option("--without-real-text", envvar=NO_TEXT, help="Leave out what needs downloaded text.")
+]
+Verify = Annotated[bool, typer.Option("--verify", help="Hash every cached file, not only those that changed.")]
+
+
+def split(values: Iterable[str]) -> list[str]:
+    """The words of options that may be repeated, or hold several between commas."""
+    return [word for value in values for word in value.replace(",", " ").split()]
+
+
+def select(wanted: Sequence[str], chapters: Sequence[str]) -> list[str]:
+    """Chapters by number or name, in their own order. Raises UserError for an unknown one, listing all."""
+    chosen = set()
+    for word in wanted:
+        stem = word.removesuffix(".ipynb").rpartition("/")[2]
+        found = [chapter for chapter in chapters if stem in (chapter, chapter.split("_")[0], chapter.partition("_")[2])]
+        if not found:
+            raise UserError(f"unknown chapter {word!r}; there are {', '.join(chapters)}")
+        chosen.update(found)
+    return [chapter for chapter in chapters if chapter in chosen or not wanted]
+
+
+def _seeds(words: Sequence[str]) -> list[int] | None:
+    try:
+        return [int(word) for word in words] or None
+    except ValueError:
+        raise UserError(f"--seeds takes whole numbers (0,1,2), not {' '.join(words)!r}") from None
+
+
+def _assignments(words: Sequence[str]) -> dict[str, str]:
+    wrong = [word for word in words if not word.partition("=")[1]]
+    if wrong:
+        raise UserError(f"-p takes NAME=VALUE, not {wrong[0]!r}")
+    return {name: value for name, _, value in (word.partition("=") for word in words)}
+
+
+def _load(name: str, seeds: list[int] | None, without_real_text: bool):
+    from influence_kit.findings.profiles import load_profile
+
+    os.environ[NO_TEXT] = str(int(without_real_text))
+    return load_profile(name, seeds=seeds, real_text=not without_real_text)
+
+
+def _check_force(names: Sequence[str], stages: Iterable, chapters: Sequence[str]) -> set[str]:
+    """What --force names, chapters by their full name. Raises UserError for what no stage is."""
+    stages, kinds = list(stages), {"all"}
+    below = stages.copy()
+    while below:
+        stage = below.pop()
+        kinds |= {stage.kind, stage.label}
+        below += stage.inputs.values()
+    forced = set()
+    for name in names:
+        found = {name} & kinds or set(select([name], chapters) if any(name in c for c in chapters) else ()) & kinds
+        if not found:
+            listed = sorted({stage.kind for stage in stages} | {"all"})
+            raise UserError(f"--force knows no {name!r}; it takes {', '.join(listed)}, or a chapter")
+        forced |= found
+    return forced
+
+
+def _check_own(given: Mapping[str, object]) -> None:
+    """A model or texts of the user's own are tried before the minutes that stages take. Raises UserError."""
+    own = {name: given[name] for name in ("model", "texts", "prompt", "completion", "length", "limit") if name in given}
+    if any(own.get(name) for name in ("model", "texts", "completion")):
+        from influence_kit.corpora.texts.own import own_world
+
+        own_world(**{"model": "", "texts": "", "prompt": "", "completion": ""} | own)  # type: ignore[arg-type]
+
+
+@app.command()
+def run(
+    profile: Profile = "laptop",
+    only: Only = [],  # noqa: B006  (typer reads it, nothing writes it)
+    seeds: Seeds = [],  # noqa: B006
+    plan: ShowPlan = False,
+    force: Force = [],  # noqa: B006
+    jobs: Jobs = None,
+    without_real_text: WithoutRealText = False,
+    update_expected: Annotated[
+        bool, typer.Option("--update-expected", help="Make this run's tables what later runs are compared with.")
+    ] = False,
+    parameter: Annotated[
+        list[str], typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="A chapter's parameter.")
+    ] = [],  # noqa: B006
+    verify: Verify = False,
+) -> None:
+    """Make every stage, execute every chapter, write figures/<profile>/ and the verdicts."""
+    from influence_kit.findings.reads import CHAPTERS, CHECKS, stages_for
+    from influence_kit.publishing import notebooks
+    from influence_kit.publishing.results import publish, verdict_table
+
+    settings = _load(profile, _seeds(split(seeds)), without_real_text)
+    chapters = select(split(only), CHAPTERS)
+    root = notebooks.notebooks_folder().parent
+    # A profile of the user's own is a file; chapters are executed at the checkout's root.
+    always: dict[str, object] = {"profile": os.path.relpath(profile, root) if "." in profile else profile}
+    if numbers := _seeds(split(seeds)):
+        always["seeds"] = numbers
+    paths = [root / "notebooks" / f"{chapter}.ipynb" for chapter in chapters]
+    chosen = notebooks.chosen_parameters(paths, _assignments(parameter), always)
+    for given in chosen.values():
+        _check_own(given)
+    content = settings.model_dump(mode="json")
+    executions = [
+        notebooks.chapter_stage(path, chosen[path.stem], content, stages_for(settings, path.stem)) for path in paths
+    ]
+    stages = [stage for execution in executions for stage in execution.inputs.values()] + executions
+    began = time.monotonic()
+    made = _make(stages, plan, split(force), CHAPTERS, jobs, verify, CHECKS)
+    if made is None:
+        return
+    folder = root / "figures" / settings.name
+    claims, figures = publish(folder, executions, update_expected)
+    print(verdict_table(claims, figures))
+    cached = len({stage.fingerprint for stage in stages}) - made
+    print(f"{made} made, {cached} from the cache, in {clock(time.monotonic() - began)}; see {folder}")
+
+
+@app.command()
+def stages(
+    profile: Profile = "laptop",
+    only: Only = [],  # noqa: B006
+    seeds: Seeds = [],  # noqa: B006
+    plan: ShowPlan = False,
+    force: Force = [],  # noqa: B006
+    jobs: Jobs = None,
+    without_real_text: WithoutRealText = False,
+    verify: Verify = False,
+) -> None:
+    """Make the stages alone, without notebooks: for a machine whose cache folder is carried back afterwards."""
+    from influence_kit.findings.reads import CHAPTERS, CHECKS, stages_for
+
+    settings = _load(profile, _seeds(split(seeds)), without_real_text)
+    chapters = select(split(only), CHAPTERS)
+    wanted = [stage for chapter in chapters for stage in stages_for(settings, chapter)]
+    made = _make(wanted, plan, split(force), CHAPTERS, jobs, verify, CHECKS)
+    if made is not None:
+        print(f"{made} stages made")
+
+
+def _make(
+    stages: list, show: bool, force: list[str], chapters: list[str], jobs: int | None, verify: bool, checks
+) -> int | None:
+    """Show the plan (then None), or check and carry it out: how many stages were made."""
+    from influence_kit.runner import plan as planning
+    from influence_kit.runner.scheduler import make_all
+
+    forced = _check_force(force, stages, chapters)
+    plan = planning.plan(stages, jobs, forced, verify)
+    if show:
+        print(planning.describe(plan))
+        return None
+    planning.preflight(plan, checks)
+    if plan.todo:
+        say(f"{len(plan.todo)} stages to make, about {clock(plan.seconds)} on {plan.jobs} processes")
+    return len(make_all(plan.todo, jobs, forced))
+
+
+def _number(meaning: str, kind: Callable = int, least: float = 1) -> typer.models.OptionInfo:
+    """An option that takes a number, written 64 or 1e7, of `least` or more."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < math.inf or kind(value) != value:
+            wanted = "whole number" if kind is int else "number"
+            raise typer.BadParameter(f"{text!r} is no {wanted} of {least:g} or more: give one, such as 64 or 1e7")
+        return kind(value)
+
+    return typer.Option(parser=number, metavar="NUMBER", help=meaning)
+
+
+@app.command()
+def scale(
+    sequences: Annotated[int, _number("N, training sequences to scan.")],
+    parameters: Annotated[float, _number("Of the model, embeddings not counted.", float)],
+    length: Annotated[int | None, _number("T, tokens of a sequence (512).", least=2)] = None,
+    queries: Annotated[int | None, _number("Q (64).")] = None,
+    fit: Annotated[int | None, _number("Sequences that factors are fitted on (1e5, or all).")] = None,
+    layers: Annotated[Literal["mlp", "all"], typer.Option(help="Whose weights carry influence.")] = "mlp",
+    ranks: Annotated[int | None, _number("Processes, each on a device of its own (1).")] = None,
+    blocks: Annotated[int | None, _number("Diagonal blocks of a covariance (1).")] = None,
+    rank: Annotated[int | None, _number("Of query directions (whole).")] = None,
+    batch_size: Annotated[int | None, _number("Sequences of a batch (32).")] = None,
+    top: Annotated[int | None, _number("Keep this many of either end of a ranking (all scores).")] = None,
+    self_influence: Annotated[bool, typer.Option("--self-influence", help="Norms of sequences too.")] = False,
+    index_bytes: Annotated[int | None, _number("That an index keeps of a sequence (8192).")] = None,
+    memory: Annotated[float | None, _number("Bytes of query directions in memory (2e9).", float, 0)] = None,
+    disk: Annotated[float | None, _number("Bytes of temporary files (half of what is free).", float, 0)] = None,
+    flops: Annotated[float | None, _number("Operations a second of a rank (measured here).", float)] = None,
+    dtype: Annotated[
+        Literal["float64", "float32", "bfloat16", "float16"], typer.Option(help="Of weights.")
+    ] = "float32",
+) -> None:
+    """Time and bytes of fitting, scanning and indexing at any size; `run --plan --sequences 1e7 …` is the same."""
+    from influence_kit.engine.scale import Work, decoder, describe, speed_of
+    from influence_kit.engine.shelf import free_disk
+
+    chosen: dict[str, float | None] = {"length": length, "queries": queries, "ranks": ranks, "blocks": blocks}
+    chosen |= {"rank": rank, "batch_size": batch_size, "top": top, "index_bytes": index_bytes, "memory": memory}
+    chosen |= {"fit": fit or min(100_000, sequences), "disk": free_disk() if disk is None else disk}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    work = Work(sequences, self_influence=self_influence, dtype=dtype, **given)  # type: ignore[arg-type]
+    print(describe(decoder(parameters, layers), work, speed_of(flops)))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def test(context: typer.Context) -> None:
+    """Run the test suite; everything after `test` goes to pytest."""
+    root = repository()
+    if root is None or not (root / "tests").is_dir():
+        raise UserError("no tests/ beside the package: clone the repository and run ./run_all.sh test there")
+    os.chdir(root)
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "pytest", *context.args])
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has and lacks, each with its remedy."""
+    from influence_kit.runner import doctor
+
+    doctor.main([])
+
+
+def unfold(arguments: Sequence[str]) -> list[str]:
+    """Give each value of an option that takes several its own option: `--only 03 05` -> `--only 03 --only 05`."""
+    unfolded: list[str] = []
+    option = ""
+    for word in arguments:
+        if word.startswith("-"):
+            option = word if word in SEVERAL else ""
+            count = 0
+        elif option:
+            unfolded += [option] if count else []
+            count += 1
+        unfolded.append(word)
+    return unfolded
+
+
+def at_scale(words: list[str]) -> list[str]:
+    """`run --plan --sequences 1e7 …` -> `scale --sequences 1e7 …`. Raises UserError where --plan is missing."""
+    options = {f"--{name.replace('_', '-')}" for name in inspect.signature(scale).parameters}
+    asked = [word for word in words if word.partition("=")[0] in options]
+    if words[:1] != ["run"] or not asked:
+        return words
+    if "--plan" not in words:
+        raise UserError(f"{asked[0]} is about a cost, and nothing of that size is run from here: add --plan")
+    return ["scale", *(word for word in words[1:] if word != "--plan")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; every foreseeable end is one line on stderr and an exit code (see the module's first line)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # Inherited by every process of the run: the order of sets of strings, and threads that tokenizers would start.
+    os.environ.setdefault("PYTHONHASHSEED", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        words = words if words[:1] == ["test"] else at_scale(unfold(words))
+        if app(words, prog_name="influence-kit", standalone_mode=False) == INTERRUPTED:
+            raise KeyboardInterrupt  # typer makes a code of it
+    except typer.TyperException as error:
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        say(f"error: {message} (see --help)")
+        return 2
+    except UserError as error:
+        say(f"error: {error}")
+        return 2
+    except RunFailed as failure:
+        say(f"error: {failure}")
+        return failure.exit_code
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = Path(error.filename).parent if error.filename else Path.cwd()
+        say(f"error: no space left in {place}: free some there, then run again (finished stages are kept)")
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        say("interrupted; finished stages are kept, and unfinished ones go on from where they saved themselves")
+        return INTERRUPTED
+    return 0

@@ -1,0 +1,1 @@
+"""Real text, one source a file."""

@@ -1,0 +1,139 @@
+"""A reader's own model, texts and question as a world: the model's tokenizer makes the sequences, nothing is planted."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from influence_kit.corpora.texts.realtext import local_text
+from influence_kit.corpora.tokens import check_vocabulary, encode_with
+from influence_kit.corpora.world import World, token_columns
+from influence_kit.errors import UserError
+
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def own_world(model: str, texts: str, prompt: str, completion: str, length: int = 64, limit: int = 500) -> World:
+    """Everything but the weights: texts as sequences, the question as the one query. Reads no weights, so it fails early.
+
+    model: a folder in the transformers layout, or a hub name; texts: a file or folder (see `realtext.local_text`), of
+    which `limit` are taken, evenly over all, each cut to `length` tokens. The completion is the part of
+    `prompt + completion` from the first token that the prompt alone would not give: write the space between them.
+
+    Columns of sequences: pair_id, language, source, text; of the query: prompt, completion. The tokenizer needs neither
+    a padding token nor a bos token (without one, a sequence's first token is no target); `parameters["opening"]` says
+    how many tokens stand before the prompt.
+
+    Raises UserError naming the parameter: an empty or impossible one, a model or tokenizer that is not there, texts that
+    are missing or give no target, token ids beyond the model's vocabulary, sequences beyond its context.
+    """
+    for name, value in (("model", model), ("texts", texts), ("completion", completion)):
+        if not value.strip():
+            raise UserError(f"{name} is empty: to read a model of your own give model, texts and completion")
+    if limit < 1:
+        raise UserError(f"limit is {limit}; it must be at least 1 text")
+    place = Path(texts).expanduser()
+    if not place.exists():
+        raise UserError(f"texts={texts!r} does not exist: give a .txt, .jsonl or .parquet file, or a folder of them")
+    source = model_source(model)
+    config, tokenizer = _configuration(source), own_tokenizer(source)
+    context = getattr(config, "max_position_embeddings", None)
+    if context and length > context:
+        raise UserError(f"length is {length}, but {model} reads at most {context} tokens: lower length")
+    opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    asked, start = _query(tokenizer, opening, prompt, completion)
+    if context and len(asked) > context:
+        raise UserError(f"the prompt and completion are {len(asked)} tokens, but {model} reads at most {context}: shorten them")
+    check_vocabulary(np.array(asked), config.vocab_size)
+
+    found = local_text(place)
+    chosen = np.unique(np.linspace(0, found.num_rows - 1, min(limit, found.num_rows)).astype(int))
+    found = found.take(pa.array(chosen))
+    input_ids, loss_mask = encode_with(tokenizer, found["text"].to_pylist(), length, config.vocab_size)
+    kept = loss_mask.any(1)
+    if not kept.any():
+        raise UserError(f"texts={texts!r}: none of {len(input_ids)} texts has two tokens, so there is nothing to predict")
+    used = int(np.flatnonzero(loss_mask.any(0))[-1]) + 1  # no wider than the longest text
+    columns = {name: found[name].filter(pa.array(kept)) for name in ("pair_id", "language", "source", "text")}
+    sequences = pa.table({**token_columns(input_ids[kept, :used], loss_mask[kept, :used]), **columns})
+    mask = np.arange(len(asked))[None] >= start
+    query = {"prompt": [prompt], "completion": [completion]}
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    words = () if fast else tuple(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+    return World(
+        "own",
+        sequences,
+        sequences.slice(0, 0),
+        pa.table({**token_columns(np.array([asked]), mask), **query}),
+        words,
+        fast.to_str() if fast else "",
+        {"model": model, "length": length, "limit": limit, "opening": len(opening)},
+    )
+
+
+def model_source(model: str) -> str:
+    """The folder that `model` names, else the hub name. Raises UserError for what can be neither."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if folder.exists() or not HUB_NAME.fullmatch(model):
+        what = "is a file" if folder.exists() else "does not exist, and is no hub name either"
+        raise UserError(f"model={model!r} {what}: give a folder with config.json, model.safetensors and tokenizer.json")
+    return model
+
+
+def own_tokenizer(source: str) -> Any:
+    """The tokenizer kept beside a model. Raises UserError when there is none."""
+    import transformers
+
+    remedy = "save the model's tokenizer beside its weights (tokenizer.save_pretrained)"
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+        raise UserError(f"{source} has no tokenizer that can be loaded ({_first_line(error)}): {remedy}") from error
+    # Without its files some tokenizers of transformers load all the same, with an empty vocabulary.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise UserError(f"{source} has no tokenizer: only {len(tokenizer)} special tokens were found; {remedy}")
+    return tokenizer
+
+
+def _configuration(source: str) -> Any:
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"model {source!r} has no configuration that can be loaded ({_first_line(error)}): give a local folder with "
+            "config.json, or a hub name on a machine with internet"
+        ) from error
+    return config.get_text_config()
+
+
+def _query(tokenizer: Any, opening: list[int], prompt: str, completion: str) -> tuple[list[int], int]:
+    """Token ids of opening, prompt and completion, and the position of the completion's first target."""
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+
+    before, whole = ids(prompt), ids(prompt + completion)
+    shared = 0
+    while shared < min(len(before), len(whole)) and before[shared] == whole[shared]:
+        shared += 1
+    asked = opening + whole
+    # The first token of all is predicted from nothing.
+    start = max(1, len(opening) + shared)
+    if start >= len(asked):
+        raise UserError(
+            f"prompt={prompt!r} with completion={completion!r} leaves no token to predict: give a prompt that the "
+            "completion follows"
+        )
+    return asked, start
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

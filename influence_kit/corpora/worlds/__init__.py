@@ -1,0 +1,1 @@
+"""Corpora with planted truth."""

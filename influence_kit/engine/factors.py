@@ -1,0 +1,286 @@
+"""What EK-FAC knows about a model's curvature, and gradients in its eigenbasis (Grosse et al. 2023, Sec. 2.2.2, 3.1).
+
+    G ~ (Q_S kron Q_A) diag(Lambda) (Q_S kron Q_A)^T       a linear map's block, Q_S [P, P], Q_A [M', M'], Lambda [P, M']
+
+Q_A and Q_S may be block-diagonal (the paper's Appendix A). Tokens are rotated before a sequence's gradient is formed where
+that takes fewer multiplications (short sequences), the gradient is rotated otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .blas import matmul
+from .gradients import TokenGradients, device_of, dtype_of, shape_of
+from .shelf import Buffers, aligned, aligned_width
+
+# Orthonormal eigenvectors as columns of diagonal blocks [m_i, m_i]; the m_i sum to the side's width.
+Basis = tuple[Tensor, ...]
+CPU_BLOCK = 1 << 24  # elements of gradients formed at a time
+GPU_BLOCK = 1 << 28
+
+
+class Rotated(NamedTuple):
+    """Which sides of a gradient [P, M'] are in the eigenbasis: rows by Q_S, columns by Q_A."""
+
+    outputs: bool = True
+    inputs: bool = True
+
+
+EIGENBASIS = Rotated()
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """One linear map's curvature: eigenvectors of A (`inputs`) and of S (`outputs`), eigenvalues Lambda [P, M'].
+
+    M' = M + 1 where the layer has a bias. A basis of `None` stands for the identity (methods diagonal, identity).
+    """
+
+    inputs: Basis | None
+    outputs: Basis | None
+    eigenvalues: Tensor
+
+    @property
+    def Q_A(self) -> Tensor | None:
+        """Eigenvectors of the activation covariance as one matrix [M', M']."""
+        return None if self.inputs is None else torch.block_diag(*self.inputs)
+
+    @property
+    def Q_S(self) -> Tensor | None:
+        """Eigenvectors of the gradient covariance as one matrix [P, P]."""
+        return None if self.outputs is None else torch.block_diag(*self.outputs)
+
+    def damped(self, damping: float) -> Tensor:
+        """Lambda + damping * mean(Lambda), [P, M']: the paper's damping with damping = 0.1."""
+        return self.eigenvalues + damping * self.eigenvalues.mean()
+
+
+def _moved(
+    layers: Mapping[str, LayerFactors], devices: Mapping[str, torch.device | str | None], dtype: torch.dtype | None
+) -> dict[str, LayerFactors]:
+    """Each layer on its device; a basis that layers share stays one where they meet."""
+    met: dict[tuple, Tensor] = {}
+
+    def move(tensor: Tensor, device: torch.device | str | None) -> Tensor:
+        if (key := (id(tensor), device)) not in met:
+            met[key] = aligned(tensor.to(device=device, dtype=dtype))
+        return met[key]
+
+    def basis(found: Basis | None, device: torch.device | str | None) -> Basis | None:
+        return None if found is None else tuple(move(q, device) for q in found)
+
+    return {
+        n: LayerFactors(
+            basis(f.inputs, devices[n]), basis(f.outputs, devices[n]), f.eigenvalues.to(device=devices[n], dtype=dtype)
+        )
+        for n, f in layers.items()
+    }
+
+
+class Rotator:
+    """Forms gradients in a layer's eigenbasis, batch after batch, in the same few buffers."""
+
+    def __init__(self, buffers: Buffers | None = None) -> None:
+        self.buffers = buffers or Buffers()
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None  # inputs, their basis, and the rotated inputs
+
+    def tokens(
+        self, layer: LayerFactors, found: TokenGradients, rotated: Rotated = EIGENBASIS
+    ) -> tuple[Tensor, Tensor]:
+        """(a [B, L, M'], g [B, L, P]), each in the eigenbasis where `rotated` says so; a gets its column of ones."""
+        a, g, bias = found
+        if rotated.outputs and layer.outputs is not None:
+            g = self._rotate("g", g, layer.outputs, False)
+        if not rotated.inputs or layer.inputs is None:
+            return (torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2) if bias else a), g
+        if self._last is None or self._last[0] is not a or self._last[1] is not layer.inputs[0]:
+            self._last = (a, layer.inputs[0], self._rotate("a", a, layer.inputs, bias))
+        return self._last[2], g
+
+    def _rotate(self, name: str, x: Tensor, basis: Basis, bias: bool) -> Tensor:
+        """x Q [B, L, M']; a last column of ones is not appended but adds the last row of Q."""
+        width = sum(len(q) for q in basis)
+        rows, out = x.reshape(-1, x.shape[2]), self.buffers(name, (*x.shape[:2], width), x)
+        flat = out.flatten(0, 1)  # a view: rows keep their distance
+        start = 0
+        for i, q in enumerate(basis):
+            last = bias and i == len(basis) - 1
+            taken = len(q) - last
+            if len(basis) == 1:
+                matmul(rows, q[:taken], flat)
+            else:
+                flat[:, start : start + len(q)] = rows[:, start : start + taken] @ q[:taken]
+            if last:
+                flat[:, start:] += q[-1]
+            start += len(q)
+        return out
+
+    def pieces(
+        self, layer: LayerFactors, found: TokenGradients, rotated: Rotated = EIGENBASIS
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Pieces of the sequences' gradients: (sequences, rows of P, gradient [b, p, W]), valid until the next piece.
+
+        W is M' (M without the bias where `found` hides it) up to the next aligned width; columns beyond M' are zero.
+        Costs L P M' multiplications a sequence, and for each rotated side the lesser of rotating its tokens (L P^2, L M'^2)
+        and rotating the gradient (P^2 M', P M'^2).
+        """
+        length, p = found.outputs.shape[1:]
+        g_late = rotated.outputs and layer.outputs is not None and length > layer.eigenvalues.shape[1]
+        a_late = rotated.inputs and layer.inputs is not None and length > p
+        a, g = self.tokens(layer, found, Rotated(rotated.outputs and not g_late, rotated.inputs and not a_late))
+        m, wide = a.shape[2], aligned_width(a.shape[2])
+        limit = CPU_BLOCK if a.device.type == "cpu" else GPU_BLOCK
+        if not (g_late or a_late):
+            step = max(min(p, limit // (len(a) * m)), 1)
+            for start in range(0, p, step):
+                columns = g[:, :, start : start + step]
+                out = self.buffers("gradient", (len(a), columns.shape[2], wide), a)
+                matmul(columns.mT, a, out[..., :m])
+                out[..., m:] = 0
+                yield slice(None), slice(start, start + step), out
+            return
+        step = max(limit // (p * m), 1)
+        for start in range(0, len(a), step):
+            some = slice(start, start + step)
+            out = self.buffers("gradient", (len(a[some]), p, wide), a)
+            gradient = torch.bmm(g[some].transpose(1, 2), a[some])
+            if g_late:
+                gradient = rotate_rows(gradient, layer.outputs)  # type: ignore[arg-type]
+            if a_late:
+                gradient = rotate_columns(gradient, layer.inputs)  # type: ignore[arg-type]
+            out[..., :m] = gradient
+            out[..., m:] = 0
+            yield some, slice(None), out
+
+    def gradients(self, layer: LayerFactors, found: TokenGradients) -> Tensor:
+        """Whole gradients in the eigenbasis, [B, P, M'], valid until asked for again."""
+        p, m = layer.eigenvalues.shape
+        whole = self.buffers("whole", (len(found.outputs), p, m), found.outputs)
+        for some, rows, piece in self.pieces(layer, found):
+            whole[some, rows] = piece[..., :m]
+        return whole
+
+
+def rotate_rows(gradient: Tensor, basis: Basis, back: bool = False) -> Tensor:
+    """Q^T D (or Q D when `back`) for D [..., P, M']."""
+    if len(basis) == 1:
+        return (basis[0] if back else basis[0].T) @ gradient
+    parts = gradient.split([len(q) for q in basis], -2)
+    return torch.cat([(q if back else q.T) @ part for q, part in zip(basis, parts, strict=True)], -2)
+
+
+def rotate_columns(gradient: Tensor, basis: Basis, back: bool = False, buffers: Buffers | None = None) -> Tensor:
+    """D Q (or D Q^T when `back`) for D [..., P, M']; with `buffers`, valid until asked for again."""
+    if len(basis) == 1:
+        wide = (buffers or Buffers())("columns", tuple(gradient.shape), gradient)
+        matmul(gradient.flatten(0, -2), basis[0].T if back else basis[0], wide.flatten(0, -2))
+        return wide
+    parts = gradient.split([len(q) for q in basis], -1)
+    return torch.cat([part @ (q.T if back else q) for q, part in zip(basis, parts, strict=True)], -1)
+
+
+def inverse(damped: Tensor) -> Tensor:
+    """1 / (Lambda + lambda) [P, W], zero in the columns that align the rows of a gradient."""
+    found = damped.new_zeros(len(damped), aligned_width(damped.shape[1]))
+    found[:, : damped.shape[1]] = 1 / damped
+    return found
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Curvature of the tracked layers, with the pseudo-labels it was fitted on.
+
+    `labels` int64 [N, T]: the label at t is predicted from position t - 1; column 0 is never used.
+    `details`: method, layers, blocks, label kind, seed, number of sequences and of counted tokens.
+    """
+
+    layers: dict[str, LayerFactors]
+    labels: Tensor | None = None
+    details: dict = field(default_factory=dict)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factors:
+        """A copy on another device or in another dtype."""
+        return Factors(_moved(self.layers, dict.fromkeys(self.layers, device), dtype), self.labels, self.details)
+
+    def beside(self, model: nn.Module) -> Factors:
+        """A copy with every layer's factors where the model computes that layer, in the model's working dtype.
+
+        Raises ValueError when the factors belong to other layers or shapes than the model's.
+        """
+        modules, devices = dict(model.named_modules()), {}
+        for name, layer in self.layers.items():
+            if name not in modules:
+                raise ValueError(f"the factors belong to another model: it has no layer {name!r}")
+            p, m = shape_of(modules[name])
+            expected = (p, m + (modules[name].bias is not None))
+            if tuple(layer.eigenvalues.shape) != expected:
+                raise ValueError(
+                    f"layer {name!r}: factors are {tuple(layer.eigenvalues.shape)}, the model's are {expected}"
+                )
+            devices[name] = device_of(modules[name])
+        return Factors(_moved(self.layers, devices, dtype_of(model)), self.labels, self.details)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one safetensors file (byte-stable: a single JSON metadata key). A basis that layers share is written once."""
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {}
+        owners: dict[int, str] = {}
+        order = []
+        for name, layer in self.layers.items():
+            entry: dict = {"name": name}
+            for side in ("inputs", "outputs"):
+                if (basis := getattr(layer, side)) is None:
+                    continue
+                owner = owners.setdefault(id(basis[0]), f"{name}/{side}")
+                entry[side] = [owner, len(basis)]
+                if owner == f"{name}/{side}":
+                    tensors |= {f"{owner}/{i}": q.cpu().contiguous() for i, q in enumerate(basis)}
+            tensors[f"{name}/eigenvalues"] = layer.eigenvalues.cpu().contiguous()
+            order.append(entry)
+        if self.labels is not None:
+            tensors["labels"] = self.labels.cpu().contiguous()
+        details = json.dumps({"order": order, **self.details}, sort_keys=True)
+        temporary = Path(path).with_suffix(".tmp")
+        save_file(tensors, temporary, metadata={"influence_kit": details})
+        os.replace(temporary, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike) -> Factors:
+        """Read what `save` wrote. Raises ValueError for a file that is something else."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), "pt") as file:
+                metadata = (file.metadata() or {}).get("influence_kit")
+                if not metadata:
+                    raise ValueError(f"{path} was not written by Factors.save: it has no influence_kit metadata")
+                details = json.loads(metadata)
+                bases: dict[str, Basis] = {}
+
+                def basis(owner: str, blocks: int) -> Basis:
+                    if owner not in bases:
+                        bases[owner] = tuple(file.get_tensor(f"{owner}/{i}") for i in range(blocks))
+                    return bases[owner]
+
+                layers = {
+                    entry["name"]: LayerFactors(
+                        basis(*entry["inputs"]) if "inputs" in entry else None,
+                        basis(*entry["outputs"]) if "outputs" in entry else None,
+                        file.get_tensor(f"{entry['name']}/eigenvalues"),
+                    )
+                    for entry in details.pop("order")
+                }
+                labels = file.get_tensor("labels") if "labels" in set(file.keys()) else None
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file ({error}): fit the factors again") from error
+        return Factors(layers, labels, details)

@@ -1,0 +1,104 @@
+"""Whitened gradients phi = (Lambda + lambda)^(-1/2) * (Q_S^T D Q_A) of sequences, and the few coordinates kept of them.
+
+Inner products of these are influence scores: phi_q . phi_n = grad log p(q)^T (G + lambda)^-1 grad log p(n). Where not all
+coordinates can be kept, those with the largest mean phi^2 over PILOT sequences are: that mean is what a coordinate adds to
+self-influence. Coordinates are counted through all layers, row by row of each layer's [P, M'].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .codes import mix
+from .factors import Factors, Rotator, inverse
+from .gradients import (
+    Recorder,
+    batch_rows,
+    count,
+    device_of,
+    dtype_of,
+    frozen,
+    gather,
+    read_batch,
+    sequence_gradients,
+)
+from .processes import all_reduce, shard
+
+PILOT = 1024  # sequences, evenly spaced, whose gradients choose the coordinates
+
+
+class Features:
+    """Whitened gradients of a model's sequences: chosen, given signs, and mixed."""
+
+    def __init__(self, model: nn.Module, factors: Factors, damping: float) -> None:
+        """Raises ValueError when the factors belong to other layers or shapes than the model's."""
+        self.model, self.factors, self.rotator = model, factors.beside(model), Rotator()
+        self.inverse = {name: inverse(layer.damped(damping)) for name, layer in self.factors.layers.items()}
+        self._places: dict[str, tuple[Tensor, Tensor, int]] = {}
+
+    def pieces(self, sequences: Mapping[str, Tensor], rows: slice) -> Iterator[tuple[str, slice, slice, Tensor]]:
+        """(layer, sequences of the batch, rows of P, rotated gradients [b, p W]), valid until the next; not yet whitened."""
+        modules = dict(self.model.named_modules())
+        with frozen(self.model), Recorder({name: modules[name] for name in self.factors.layers}) as recorder:
+            found = sequence_gradients(self.model, recorder, read_batch(sequences, rows, device_of(self.model)))[0]
+        for name, tokens in found.items():
+            for some, lines, piece in self.rotator.pieces(self.factors.layers[name], tokens):
+                yield name, some, slice(*lines.indices(len(self.inverse[name]))), piece.flatten(1)
+
+    def choose(
+        self, sequences: Mapping[str, Tensor], bits: int, dims: int, batch_size: int, seed: int
+    ) -> dict[str, Tensor]:
+        """`kept`: at most `dims` coordinates, ascending, int64 [n]; `signs`: of each, float32 [n], ones at 16 bits.
+
+        Ranks share the pilot, and all choose the same.
+        """
+        total, rows = sum(layer.eigenvalues.numel() for layer in self.factors.layers.values()), count(sequences)
+        number = min(total, dims)
+        kept = torch.arange(number)
+        if number < total:
+            pilot = gather(sequences, sorted({i * rows // PILOT for i in range(PILOT)}))
+            sums = {name: torch.zeros_like(each, dtype=torch.float64) for name, each in self.inverse.items()}
+            for some in shard(batch_rows(count(pilot), batch_size)):
+                for name, _, lines, flat in self.pieces(pilot, some):
+                    sums[name][lines] += flat.square().sum(0).view(lines.stop - lines.start, -1)
+            all_reduce(sums.values())
+            widths = [layer.eigenvalues.shape[1] for layer in self.factors.layers.values()]
+            moments = [(sums[n] * each)[:, :m].flatten().cpu() for (n, each), m in zip(self.inverse.items(), widths)]
+            kept = torch.cat(moments).topk(number).indices.sort().values
+        signs = 2.0 * torch.randint(0, 2, (number,), generator=torch.Generator().manual_seed(seed)) - 1
+        return {"kept": kept, "signs": signs if bits < 16 else torch.ones(number)}
+
+    def project(
+        self, sequences: Mapping[str, Tensor], rows: slice, projection: dict[str, Tensor], bits: int, dims: int
+    ) -> tuple[Tensor, Tensor]:
+        """Mixed coordinates float32 [b, dims] and |phi|^2 float32 [b] of some sequences, on the CPU.
+
+        projection: what `choose` made, the same at every call; places beyond its coordinates hold zero before mixing.
+        """
+        if not self._places:
+            self._locate(projection)
+        size, device = rows.stop - rows.start, device_of(self.model)
+        found = torch.zeros(size, dims, dtype=dtype_of(self.model), device=device)
+        squares = torch.zeros(size, dtype=found.dtype, device=device)
+        for name, some, lines, flat in self.pieces(sequences, rows):
+            positions, weights, place = self._places[name]
+            start, stop = (line * self.inverse[name].shape[1] for line in (lines.start, lines.stop))
+            first, last = torch.searchsorted(positions, torch.tensor([start, stop], device=flat.device)).tolist()
+            taken = flat.index_select(1, positions[first:last] - start).mul_(weights[first:last])
+            found[some, place + first : place + last] = taken.to(device)
+            squares[some] += (flat.square() @ self.inverse[name][lines].flatten()).to(device)
+        return (mix(found) if bits < 16 else found).cpu().float(), squares.cpu().float()
+
+    def _locate(self, projection: dict[str, Tensor]) -> None:
+        """For each layer: positions of its coordinates in the aligned gradient [P W], signed whitening weights, first place."""
+        start = 0
+        for name, each in self.inverse.items():
+            rows, width = self.factors.layers[name].eigenvalues.shape
+            first, last = torch.searchsorted(projection["kept"], torch.tensor([start, start + rows * width])).tolist()
+            chosen, signs = (projection[part][first:last].to(each.device) for part in ("kept", "signs"))
+            flat = (chosen - start) // width * each.shape[1] + (chosen - start) % width
+            self._places[name] = flat, signs * each.flatten()[flat].sqrt(), first
+            start += rows * width

@@ -1,0 +1,106 @@
+"""Pseudo-labels: drawn from the model's own distribution, seeded by row, and the token gradients under them.
+
+The Gauss-Newton Hessian of a language model is its Fisher matrix only under labels that the model itself draws; true
+labels give the *empirical* Fisher, which is another matrix (the paper's Sec. 2.2.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .gradients import Recorder, TokenGradients, count, device_of, read_batch, sequence_gradients
+from .shelf import Buffers, Shelf
+
+AT_ONCE = 1 << 22  # probabilities turned into a distribution function at a time: 32 MB
+
+
+def uniforms(seed: int, rows: slice, length: int) -> Tensor:
+    """float64 [B, T] in [0, 1): one stream a row, so that neither batch size, padding nor sharding changes a draw."""
+    streams = []
+    for row in range(rows.start, rows.stop):
+        generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + row * 0xD1B54A32D192ED03) % 2**63)
+        streams.append(torch.rand(length, generator=generator, dtype=torch.float64))
+    return torch.stack(streams)
+
+
+def sample_labels(logits: Tensor, draws: Tensor) -> Tensor:
+    """Labels int64 [B, T] drawn from softmax(logits [B, T, V]) by inverting the distribution at `draws` [B, T]."""
+    vocabulary, at = logits.shape[-1], draws.to(logits.device).reshape(-1, 1)
+    step, found = max(AT_ONCE // vocabulary, 1), []
+    for some, drawn in zip(logits.reshape(-1, vocabulary).split(step), at.split(step), strict=True):
+        cumulative = some.double().softmax(-1).cumsum_(-1)
+        found.append(torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True))
+    return torch.cat(found).view(draws.shape).clamp_(max=vocabulary - 1)
+
+
+class PseudoGradients:
+    """Token gradients under pseudo-labels, batch by batch: computed once where the shelf has room, else at every reading.
+
+    labels int64 [N, T] and counted int64 [N] (positions that can move a sequence's loss) fill up as batches are read.
+    leaders: for each layer the first one that reads the same input, both with or both without a bias: they share A.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recorder: Recorder,
+        sequences: Mapping[str, Tensor],
+        labels: str | Tensor,
+        seed: int,
+        shelf: Shelf,
+    ) -> None:
+        self.model, self.recorder, self.sequences, self.seed, self.shelf = model, recorder, sequences, seed, shelf
+        self.device, self.buffers = device_of(model), Buffers()
+        first, total = read_batch(sequences, slice(0, 1), self.device), count(sequences)
+        length = first.tokens.shape[1]
+        if isinstance(labels, Tensor):
+            if labels.shape != (total, length):
+                raise ValueError(f"labels {tuple(labels.shape)} do not match input_ids [{total}, {length}]")
+        elif labels not in ("sampled", "data"):
+            raise ValueError(f"labels={labels!r} is not known; choose 'sampled', 'data' or a tensor int64 [N, T]")
+        self.kind = labels
+        self.labels = torch.zeros(total, length, dtype=torch.int64)
+        self.counted = torch.zeros(total, dtype=torch.int64)
+        found, _ = sequence_gradients(model, recorder, first)
+        met: dict[tuple[int, bool], str] = {}
+        self.leaders = {name: met.setdefault((id(each.inputs), each.bias), name) for name, each in found.items()}
+        self._bias = {name: each.bias for name, each in found.items()}
+
+    def read(self, rows: slice) -> tuple[dict[str, TokenGradients], Tensor]:
+        """The batch's token gradients by layer, and which positions count, bool [B, L]."""
+        batch = read_batch(self.sequences, rows, self.device)
+        names = [f"{rows.start}/{name}" for name in self.leaders]
+        if f"{names[0]} g" in self.shelf:
+            return self._kept(rows), batch.counted
+        found, labels = sequence_gradients(self.model, self.recorder, batch, self._labels(rows, batch.length))
+        self.labels[rows], self.counted[rows] = labels.cpu(), batch.counted.sum(1).cpu()
+        parts = {f"{rows.start}/{self.leaders[name]} a": each.inputs for name, each in found.items()}
+        parts |= {f"{rows.start}/{name} g": each.outputs for name, each in found.items()}
+        if self.shelf.fits(parts.values()):
+            for name, tensor in parts.items():
+                self.shelf.put(name, tensor)
+        return found, batch.counted
+
+    def _kept(self, rows: slice) -> dict[str, TokenGradients]:
+        inputs = {
+            lead: self.shelf.get(f"{rows.start}/{lead} a", self.buffers)
+            for lead in dict.fromkeys(self.leaders.values())
+        }
+        return {
+            name: TokenGradients(inputs[lead], self.shelf.get(f"{rows.start}/{name} g", self.buffers), self._bias[name])
+            for name, lead in self.leaders.items()
+        }
+
+    def _labels(self, rows: slice, length: int) -> Tensor | Callable[[Tensor], Tensor] | None:
+        """What the batch is to predict; a second reading draws nothing anew."""
+        if isinstance(self.kind, Tensor):
+            return self.kind[rows].to(self.device)
+        if self.kind == "data":
+            return None
+        if self.counted[rows].any():
+            return self.labels[rows].to(self.device)
+        draws = uniforms(self.seed, rows, self.labels.shape[1])[:, 1 : length + 1]
+        return lambda logits: sample_labels(logits, draws)

@@ -1,0 +1,1 @@
+"""What each chapter reads, makes and measures."""

@@ -1,0 +1,149 @@
+"""What a notebook works with: the models of its profile, and a place for its figures and claims."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from influence_kit.errors import UserError
+from influence_kit.findings import families as grid
+from influence_kit.findings.profiles import load_profile
+from influence_kit.findings.trained import Run
+from influence_kit.runner.fingerprint import versions
+from influence_kit.runner.machine import repository
+from influence_kit.runner.stages import Stage
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+    from influence_kit.measures.intervals import Estimate
+    from influence_kit.measures.verdicts import Claim
+    from influence_kit.reading.style import SavedFigure
+
+
+class Chapter:
+    """A notebook's own place: `atlas`, `ladder`, `cast` and `text` give models, `figure` and `claim` keep what it found.
+
+    name: the notebook's stem; profile, seeds and real_text as on the command line. Files go where INFLUENCE_KIT_FIGURES says (set
+    by run_all.sh), else to figures/scratch/.
+    """
+
+    def __init__(self, name: str, profile: str = "laptop", seeds: list[int] | None = None, real_text: bool = True):
+        # transformers asks for widgets that no executed notebook can keep.
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        self.name = name
+        self.profile = load_profile(
+            profile, seeds, real_text and os.environ.get("INFLUENCE_KIT_WITHOUT_REAL_TEXT") != "1"
+        )
+        chosen = os.environ.get("INFLUENCE_KIT_FIGURES")
+        self.folder = Path(chosen) if chosen else (repository() or Path.cwd()) / "figures" / "scratch"
+        self.claims: list[Claim] = []
+        self._stages: dict[str, Stage] = {}
+
+    def planted(self, corpus: str, *arms: str, **choice) -> list[Run]:
+        """Models trained on a planted world: `arms` ("base" by default); `fractions`, `widths`, `seeds` narrow the grid, `extra`
+        names further stages to make. An empty list where the profile has no such world."""
+        return self._runs(grid.planted_grid(self.profile, corpus, arms or ("base",), **choice))
+
+    def atlas(self, *arms: str, **choice) -> list[Run]:
+        """Models trained on Atlas, chosen as in `planted`."""
+        return self.planted("atlas", *arms, **choice)
+
+    def ladder(self, *arms: str, **choice) -> list[Run]:
+        """Models trained on Ladder, chosen as in `planted`."""
+        return self.planted("ladder", *arms, **choice)
+
+    def cast(self, *arms: str, **choice) -> list[Run]:
+        """Models trained on Cast, chosen as in `planted`."""
+        return self.planted("cast", *arms, **choice)
+
+    def text(self, **choice) -> list[Run]:
+        """Models trained on real text (`section="little_text"`: the small family); an empty list in a run without it."""
+        return self._runs(grid.text_grid(self.profile, **choice))
+
+    def dialogue(self, *arms: str, **choice) -> list[Run]:
+        """Models trained on spoken lines, chosen as in `planted`; an empty list in a run without real text."""
+        return self._runs(grid.dialogue_grid(self.profile, arms or ("base",), **choice))
+
+    def _runs(self, trained: list[grid.Trained]) -> list[Run]:
+        self._stages |= {stage.fingerprint: stage for one in trained for stage in one.stages}
+        return [Run(one) for one in trained]
+
+    @property
+    def provenance(self) -> dict:
+        """What every figure and table carries: profile, seeds, versions, fingerprints of the stages behind it; no clock."""
+        from influence_kit import __version__
+
+        about: dict[str, object] = {
+            "kit": __version__,
+            "chapter": self.name,
+            "profile": self.profile.name,
+            "seeds": list(self.profile.seeds),
+        }
+        about["versions"] = versions(("torch", "transformers", "numpy", "matplotlib"))
+        return about | {"stages": sorted(fingerprint[:16] for fingerprint in self._stages)}
+
+    def figure(self, fig: Figure, name: str, table: pandas.DataFrame, alt: str) -> SavedFigure:
+        """Keep a figure as PNG and SVG with the table behind it; as a cell's last value it shows itself."""
+        from matplotlib import pyplot
+
+        from influence_kit.reading.style import save_figure
+
+        saved = save_figure(fig, self.folder, name, table, alt, self.provenance)
+        pyplot.close(fig)
+        return saved
+
+    def claim(
+        self,
+        id: str,
+        claim: str,
+        paper: str,
+        estimate: Estimate,
+        unit: str = "",
+        kind: str = "claim",
+        gates=(),
+        **rule,
+    ) -> Claim:
+        """Judge an estimate by a rule fixed beforehand (`confirm_above`, `confirm_below`, …) and keep the verdict."""
+        from influence_kit.measures.verdicts import Claim
+
+        return self._keep(Claim.from_estimate(id, self.name, claim, paper, estimate, unit, kind, gates, **rule))
+
+    def refereed(self, id: str, method: str, by: Claim) -> Claim:
+        """Put beside a claim what a referee found: a method in words ("retraining"), and a claim of its own that is confirmed
+        where the method supports the claim. Raises UserError where the chapter has made no such claim."""
+        known = {claim.id: claim for claim in self.claims}
+        if id not in known:
+            raise UserError(f"chapter {self.name} has made no claim {id!r} yet, only {', '.join(known) or 'none'}")
+        return self._keep(known[id].refereed(method, by))
+
+    def _keep(self, made: Claim) -> Claim:
+        from influence_kit.measures.verdicts import write_json
+
+        if any(old.id == made.id for old in self.claims):  # a claim keeps its place: a chapter opens with its headline
+            self.claims = [made if old.id == made.id else old for old in self.claims]
+        else:
+            self.claims.append(made)
+        (self.folder / "claims").mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "claims" / f"{self.name}.json", [asdict(one) for one in self.claims])
+        return made
+
+    def referees(self):
+        """What referees say of the chapter's claims so far, in words, beside what influence says."""
+        from IPython.display import Markdown
+
+        from influence_kit.measures.verdicts import referees_markdown
+
+        return Markdown(referees_markdown(self.claims))
+
+    def verdicts(self):
+        """The chapter's verdict table, for the end of a notebook."""
+        from IPython.display import Markdown
+
+        from influence_kit.measures.verdicts import verdict_table_markdown
+
+        return Markdown(verdict_table_markdown(self.claims))

@@ -1,0 +1,240 @@
+"""A model of a profile's grid, made or found in the cache, and ready to read: its world, its answers, its scores, its cards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from influence_kit.corpora.world import World, batch_of
+from influence_kit.errors import UserError
+from influence_kit.findings import families as grid
+from influence_kit.runner.machine import threads
+from influence_kit.runner.stages import ensure
+
+if TYPE_CHECKING:
+    import pandas
+    from torch import nn
+
+    from influence_kit.engine.factors import Factors
+    from influence_kit.engine.scores import Scores
+    from influence_kit.reading.cards import Card
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The scores of one checkpoint: `scores.values` [Q, N]; rows [N] and queries [Q] are positions in the world's tables."""
+
+    scores: Scores
+    rows: np.ndarray
+    queries: np.ndarray
+
+    @property
+    def raw(self) -> np.ndarray:
+        """Influence in nats at epsilon = 1, [Q, N]."""
+        return self.scores.values.numpy()
+
+    @property
+    def relatif(self) -> np.ndarray:
+        """RelatIF: influence divided by the training sequence's own norm, [Q, N]."""
+        return self.scores.relatif.numpy()
+
+    @property
+    def cosine(self) -> np.ndarray:
+        """EK-FAC cosine, [Q, N]."""
+        return self.scores.cosine.numpy()
+
+
+@lru_cache(maxsize=4)
+def _world(folder: Path) -> World:
+    return World.load(folder)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained model of the grid and everything known of it; computed on first use, then read from the cache."""
+
+    trained: grid.Trained
+
+    def __getattr__(self, name: str):
+        if name in ("corpus", "arm", "seed"):
+            return getattr(self.trained, name)
+        raise AttributeError(f"Run has no attribute {name!r}")
+
+    @property
+    def width(self) -> int:
+        """Width of the model."""
+        return self.trained.size.width
+
+    @property
+    def fractions(self) -> list[float]:
+        """The fractions of training at which this model is scored."""
+        return sorted(self.trained.influence)
+
+    @property
+    def world(self) -> World:
+        """The corpus it was trained on."""
+        return _world(ensure(self.trained.world))
+
+    @cached_property
+    def losses(self) -> dict:
+        """steps, non_embedding_parameters, and the curves: step, train, held_out_step, held_out (nats a token)."""
+        return json.loads((ensure(self.trained.model) / "losses.json").read_text())
+
+    @property
+    def parameters(self) -> int:
+        """Weights outside embeddings and head: the size on every axis."""
+        return self.losses["non_embedding_parameters"]
+
+    @cached_property
+    def answers(self) -> pandas.DataFrame:
+        """Every query at every kept checkpoint: fraction, log_p (nats), correct, and the query's planted columns."""
+        import pandas
+
+        answers = pandas.read_parquet(ensure(self.trained.model) / "answers.parquet")
+        planted = self.world.queries.drop_columns(["input_ids", "loss_mask"]).to_pandas()
+        answers["fraction"] = answers["step"] / self.losses["steps"]
+        return answers.join(planted, on="query")
+
+    def held_out_loss(self, fraction: float = 1.0) -> float:
+        """Mean loss in nats a token on sequences never trained on, at a kept checkpoint."""
+        steps = np.array(self.losses["held_out_step"])
+        return self.losses["held_out"][int(np.abs(steps - fraction * self.losses["steps"]).argmin())]
+
+    def scan(self, fraction: float = 1.0, kind: str | None = "fact") -> Scan:
+        """The influence scores at a fraction of training; kind: which of Atlas's queries, "fact", "canary" or None for both.
+
+        Other worlds ask one kind of query, which all come whatever `kind` says.
+        """
+        from safetensors.torch import load_file
+
+        from influence_kit.engine.scores import Scores
+
+        found = load_file(ensure(self.trained.influence[fraction]) / "scores.safetensors")
+        queries = found["queries"].numpy()
+        if self.corpus in ("atlas", "little_atlas") and kind is not None:
+            kinds = self.world.queries["kind"].to_numpy(zero_copy_only=False)[queries]
+            if kind not in (known := sorted(set(kinds))):
+                raise UserError(f"kind={kind!r} was not scored: choose one of {', '.join(known)}, or None for all")
+            chosen = np.flatnonzero(kinds == kind)
+            queries = queries[chosen]
+            found |= {name: found[name][chosen] for name in ("values", "query_norm")}
+        size = self.world.sequences.num_rows
+        scores = Scores(found["values"], found["self_influence"], found["query_norm"], (), size)
+        return Scan(scores, found["rows"].numpy(), queries)
+
+    def extra(self, kind: str, fraction: float = 1.0) -> Path:
+        """The folder that a stage of this kind wrote about the scan at a fraction; asked for by `extra=` when the models were."""
+        if (kind, fraction) not in self.trained.extra:
+            made = ", ".join(f"{kind} at {f:g}" for kind, f in self.trained.extra) or "none"
+            raise UserError(f"no {kind!r} was made at {fraction:g} of training, only {made}: name it in the profile's `extra`")
+        return ensure(self.trained.extra[kind, fraction])
+
+    def model(self, fraction: float = 1.0) -> nn.Module:
+        """The model at a kept checkpoint."""
+        from influence_kit.models import load
+
+        return load(ensure(self.trained.model), fraction)
+
+    def factors(self, fraction: float = 1.0) -> Factors:
+        """The EK-FAC factors that the scan used."""
+        from influence_kit.engine.factors import Factors
+
+        return Factors.load(ensure(self.trained.influence[fraction]) / "factors.safetensors")
+
+    def card(
+        self,
+        query: int,
+        k: int = 5,
+        fraction: float = 1.0,
+        title: str = "",
+        labels: Mapping[int, str] | Callable[[int], str] | None = None,
+        kind: str | None = "fact",
+    ) -> Card:
+        """Token card of one scored query (a position in `scan(fraction, kind)`), its k most and least influential sequences
+        shaded by token.
+
+        labels: from a column of the scan to a short word for what that sequence is to the query (its tier, say), shown in
+        place of the kind of sequence; columns that a mapping leaves out have none.
+        """
+        from influence_kit.engine.scans import token_scores
+        from influence_kit.measures.lexical import bm25
+        from influence_kit.reading.cards import Row, query_card
+
+        scan, world = self.scan(fraction, kind), self.world
+        asked = int(scan.queries[query])
+        ranked = [*scan.scores.top(k, query), *scan.scores.bottom(k, query)]
+        positions = [row.sequence for row in ranked]
+        chosen = batch_of(world.sequences, scan.rows[positions])
+        with threads(1, True):
+            damping = self.trained.influence[fraction].parameters["damping"]
+            tokens = token_scores(
+                self.model(fraction), self.factors(fraction), batch_of(world.queries, [asked]), chosen, damping
+            )
+        about = world.sequences.select([n for n in ("language", "kind") if n in world.sequences.column_names])
+        word = (lambda column: labels.get(column, "")) if isinstance(labels, Mapping) else labels
+        texts, asked_text = _kept(batch_of(world.sequences, scan.rows)), _kept(batch_of(world.queries, [asked]))
+        lexical = np.argsort(np.argsort(-bm25(asked_text, texts)[0], kind="stable"), kind="stable") + 1
+        order = np.argsort(np.argsort(-scan.raw[query], kind="stable"), kind="stable") + 1
+        rows = []
+        for place, row in enumerate(ranked):
+            length = int(chosen["loss_mask"][place].nonzero().max()) + 1
+            facts = {name: about[name][int(scan.rows[row.sequence])].as_py() for name in about.column_names}
+            rows.append(
+                Row(
+                    world.pieces(chosen["input_ids"][place, :length].tolist()),
+                    row.score,
+                    int(order[row.sequence]),
+                    row.nats_per_copy,
+                    round(100 * (1 - (order[row.sequence] - 1) / len(order)), 2),
+                    language_name(facts["language"]) if "language" in facts else "",
+                    word(row.sequence) if word else facts.get("kind", ""),
+                    int(lexical[row.sequence]),
+                    tokens[place, :length].tolist(),
+                )
+            )
+        batch = batch_of(world.queries, [asked])
+        ids, mask = batch["input_ids"][0], batch["loss_mask"][0]
+        start, end = int(mask.nonzero().min()), int(mask.nonzero().max()) + 1
+        pieces = world.pieces(ids[:end].tolist())
+        joiner = " " if world.vocabulary else ""
+        return query_card(pieces[1:start], pieces[start:], rows, k=k, title=title, joiner=joiner, alignment="predicted")
+
+
+def paired(base: Iterable[Run], others: Iterable[Run]) -> list[tuple[Run, Run]]:
+    """Each of the other runs beside the base run of its corpus, size and seed: what a changed corpus did to that model.
+
+    Both were asked the same queries, so that their `answers` agree row by row but for what the model says (the columns that
+    a world plants in queries, `treated` say, are those of each run's own world). Raises UserError where a base run is
+    missing or was asked something else.
+    """
+    known = {(run.corpus, run.trained.size, run.seed): run for run in base}
+    pairs = []
+    for run in others:
+        name = f"{run.corpus} {run.arm} {run.width}x{run.trained.size.depth}, seed {run.seed}"
+        found = known.get((run.corpus, run.trained.size, run.seed))
+        if found is None:
+            raise UserError(f"{name} has no base run of its size and seed: ask for the same widths and seeds in both")
+        asked = [one.world.queries.select(["input_ids", "loss_mask"]) for one in (found, run)]
+        if not asked[0].equals(asked[1]):
+            raise UserError(f"{name} was asked other queries than arm {found.arm}: pair arms of one world only")
+        pairs.append((found, run))
+    return pairs
+
+
+def language_name(code: int | str) -> str:
+    """A reader's word for a world's language code."""
+    names: dict[int | str, str] = {0: "first language", 1: "second language", -1: "no language"}
+    names |= {"en-us": "English", "de": "German", "ko": "Korean", "tr": "Turkish", "zh-cn": "Chinese"}
+    return names.get(code, str(code))
+
+
+def _kept(batch: dict) -> list[list[int]]:
+    """Token ids of each row up to its last target, without the first (a document's start)."""
+    lengths = [int(mask.nonzero().max()) + 1 for mask in batch["loss_mask"]]
+    return [row[1:length].tolist() for row, length in zip(batch["input_ids"], lengths, strict=True)]

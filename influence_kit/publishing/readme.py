@@ -1,0 +1,124 @@
+"""The parts of README.md that a run writes: verdicts, figures, times.
+
+    python -m influence_kit.publishing.readme [--profile laptop] [--other-seeds figures/of-a-run-with-other-seeds]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from influence_kit.errors import UserError
+from influence_kit.measures.verdicts import STATUSES, Claim, merge, read_verdicts, verdict_table_markdown
+from influence_kit.publishing.results import claims_of, keep_other_seeds, publish
+from influence_kit.runner.machine import repository
+from influence_kit.runner.scheduler import clock
+
+WHAT = {
+    "text": "fetch and cut real text",
+    "world": "generate corpora",
+    "model": "train models",
+    "influence": "fit EK-FAC and score",
+    "chapter": "execute chapters",
+}
+
+
+def verdicts(folder: Path) -> str:
+    """A row a chapter: the claim that it opens with, and how its others came out; and how figures compare with what is expected."""
+    made = claims_of(folder)
+    rows = ["| chapter | headline | paper | here | others |", "| --- | --- | --- | --- | --- |"]
+    for chapter, claims in made.items():
+        judged = [claim for claim in claims if claim.kind == "claim"]
+        first, rest = judged[0] if judged else None, judged[1:]
+        words = {status: sum(claim.status == status for claim in rest) for status in STATUSES}
+        others = ", ".join(f"{count} {status}" for status, count in words.items() if count) or "–"
+        headline = "gates and controls alone | – | –" if first is None else " | ".join(headline_cells(first))
+        rows.append(f"| [{chapter}](notebooks/{chapter}.ipynb) | {headline} | {others} |")
+    counts: dict[str, int] = defaultdict(int)
+    for figure in read_verdicts(folder / "verdicts.json")[1]:
+        counts[figure["status"]] += 1
+    told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+    every = sum(len(claims) for claims in made.values())
+    return "\n".join(rows) + f"\n\nAll {every} claims, gates and controls: [the table](figures/{folder.name}/verdicts.md). Figures: {told}.\n"
+
+
+def every_claim(folder: Path) -> str:
+    """The table of all claims of a run, as `verdicts.md` beside them holds it."""
+    return f"# Every claim of this run\n\n{verdict_table_markdown(merge(*claims_of(folder).values()))}"
+
+
+def headline_cells(claim: Claim) -> list[str]:
+    """Claim, paper and verdict of a row, as Markdown cells, with the referee's word where there is one."""
+    cells = verdict_table_markdown([claim]).splitlines()[2].strip("| ").split(" | ")
+    _, sentence, paper, measured, _, verdict, asked = cells
+    return [sentence, paper, f"{verdict}: {measured}" + (f"; {asked}" if claim.referee else "")]
+
+
+def times(folder: Path) -> str:
+    """Wall time and peak memory by kind of stage, from provenance.json."""
+    known = json.loads((folder / "provenance.json").read_text())
+    kinds: dict[str, list[dict]] = defaultdict(list)
+    for entry in known.values():
+        kinds[entry["kind"]].append(entry)
+    rows = ["| stage | how many | seconds, summed over processes | largest memory |", "| --- | --- | --- | --- |"]
+    others = [entry for kind in kinds.keys() - WHAT.keys() for entry in kinds[kind]]
+    listed = [(what, kinds.get(kind, [])) for kind, what in WHAT.items()]
+    for what, found in [*listed[:-1], ("what else chapters need", others), listed[-1]]:
+        if found:
+            seconds = sum(entry["wall_seconds"] for entry in found)
+            memory = max(entry["peak_memory_bytes"] for entry in found) / 1e9
+            rows.append(f"| {what} | {len(found)} | {seconds:,.0f} | {memory:.1f} GB |")
+    total = sum(entry["wall_seconds"] for entry in known.values())
+    return "\n".join(rows) + f"\n\nSummed over stages: {clock(total)}; two ran at a time.\n\n{times_alone(known)}"
+
+
+def times_alone(known: dict[str, dict]) -> str:
+    """What each chapter takes by itself: from nothing, half of its stages' seconds and its own, for all seeds and for the first one alone;
+    with its stages kept, its own."""
+    head = "| one chapter alone | stages | from nothing: half their seconds, and its own | the same, of one seed | stages kept: its own |"
+    rows = [head, "| --- | --- | --- | --- | --- |"]
+    for chapter in sorted((entry for entry in known.values() if entry["kind"] == "chapter"), key=lambda c: c["label"]):
+        stages, own = [known[key] for key in chapter["stages"]], chapter["wall_seconds"]
+        seeds = [re.search(r"seed (\d+)", stage["label"]) for stage in stages]
+        first = min((int(seed[1]) for seed in seeds if seed), default=0)
+        of_one = [stage for stage, seed in zip(stages, seeds, strict=True) if not seed or int(seed[1]) == first]
+        whole, one = (clock(sum(stage["wall_seconds"] for stage in some) / 2 + own) for some in (stages, of_one))
+        rows.append(f"| {chapter['label']} | {len(stages)} | {whole} | {one} | {clock(own)} |")
+    return "\n".join(rows) + "\n"
+
+
+def fill(text: str, parts: dict[str, str]) -> str:
+    """Put each part between its markers `<!-- name -->` and `<!-- /name -->`. Raises UserError where they are missing."""
+    for name, content in parts.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
+        if not pattern.search(text):
+            raise UserError(f"README.md has no place for {name!r}: add the lines <!-- {name} --> and <!-- /{name} -->")
+        text = pattern.sub(lambda match, content=content: match[1] + content + match[2], text)  # type: ignore[misc]
+    return text
+
+
+def main() -> None:
+    """Rewrite README.md from `figures/<profile>/`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--profile", default="laptop")
+    parser.add_argument("--other-seeds", type=Path, metavar="FIGURES", help="keep what a run of other seeds says of the same claims")
+    asked = parser.parse_args()
+    profile = asked.profile
+    root = repository() or Path.cwd()
+    folder = root / "figures" / profile
+    if not (folder / "verdicts.json").is_file():
+        raise SystemExit(f"error: {folder / 'verdicts.json'} is not there: run ./run_all.sh --profile {profile} first")
+    if asked.other_seeds:
+        confirmed, stay = keep_other_seeds(folder, asked.other_seeds)
+        publish(folder, [])
+        print(f"{stay} of {confirmed} claims that are confirmed stay so on the other seeds")
+    (folder / "verdicts.md").write_text(every_claim(folder))
+    path = root / "README.md"
+    path.write_text(fill(path.read_text(), {"verdicts": verdicts(folder), "times": times(folder)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""From the cache to `figures/<profile>/`: files, provenance, and the verdicts over all chapters."""
+
+import json
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from influence_kit.errors import UserError
+from influence_kit.runner.stages import Stage, record, sha256
+
+if TYPE_CHECKING:
+    from influence_kit.measures.verdicts import Claim
+
+OTHER_SEEDS = "other_seeds.json"  # what a run of other seeds says of the same claims
+
+
+def publish(folder: Path, chapters: Sequence[Stage], update_expected: bool = False) -> tuple[list["Claim"], list[dict]]:
+    """Bring executed chapters into `folder` and write provenance.json and verdicts.json over all that lie there.
+
+    Each file appears whole or not at all; files that a chapter no longer makes go; other chapters' files and claims
+    stay. `update_expected` makes the figures' present tables what later runs are compared with.
+    Returns the claims and the figures ({name, status, differing columns if any}).
+    """
+    from influence_kit.measures.verdicts import write_json, write_verdicts
+
+    folder.mkdir(parents=True, exist_ok=True)
+    known = _read(folder / "provenance.json", {})
+    for chapter in chapters:
+        _bring(chapter, folder, known)
+    write_json(folder / "provenance.json", known)
+    figures = _judge_figures(folder, update_expected)
+    claims = [claim for made in claims_of(folder).values() for claim in made]
+    write_verdicts(folder / "verdicts.json", claims, figures)
+    return claims, figures
+
+
+def _read(path: Path, default: dict) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return default
+    except ValueError as error:
+        raise UserError(f"{path} is not readable JSON ({error}): mend or delete it") from error
+
+
+def _bring(chapter: Stage, folder: Path, known: dict) -> None:
+    content = record(chapter)
+    for name, listed in content["files"].items():
+        target = folder / name
+        if target.is_file() and target.stat().st_size == listed["size"] and sha256(target) == listed["sha256"]:
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{target.name}.part")
+        shutil.copyfile(chapter.folder / name, part)
+        os.replace(part, target)
+    for key in [key for key, entry in known.items() if entry["kind"] == "chapter" and entry["label"] == chapter.label]:
+        for name in set(known.pop(key)["files"]) - set(content["files"]):
+            (folder / name).unlink(missing_ok=True)
+    below = _closure(chapter)
+    for stage in below.values():
+        if (stage.folder / "stage.json").is_file():
+            known[stage.fingerprint] = _entry(record(stage))
+    known[chapter.fingerprint] = _entry(content) | {
+        "files": sorted(content["files"]),
+        "given": content["parameters"]["given"],
+        "stages": sorted(key for key in below if key in known),
+    }
+    wanted = {key for entry in known.values() for key in entry.get("stages", [])}
+    for key in [key for key, entry in known.items() if entry["kind"] != "chapter" and key not in wanted]:
+        del known[key]
+
+
+def _closure(stage: Stage) -> dict[str, Stage]:
+    found: dict[str, Stage] = {}
+    for below in stage.inputs.values():
+        found |= {below.fingerprint: below, **_closure(below)} if below.fingerprint not in found else {}
+    return found
+
+
+def _entry(content: dict) -> dict:
+    return {name: content[name] for name in ("kind", "label", "versions")} | content["made"]
+
+
+def _judge_figures(folder: Path, update_expected: bool) -> list[dict]:
+    """Every figure with a table behind it: reproduced, differs (with the columns), or new (no expectation yet)."""
+    import pandas
+
+    from influence_kit.measures.verdicts import write_json
+    from influence_kit.publishing.expected import compare, expectation, summarise_table
+
+    path = folder / "expected.json"
+    expected = _read(path, {})
+    tables = {file.name.removesuffix(".parquet"): file for file in sorted(folder.glob("*.parquet"))}
+    summaries = {name: summarise_table(pandas.read_parquet(file)) for name, file in tables.items()}
+    if update_expected:
+        expected = {name: expectation(summary) for name, summary in summaries.items()}
+        write_json(path, expected)
+        expected = _read(path, {})
+    figures = []
+    for name, summary in summaries.items():
+        status, differing = compare(summary, expected.get(name))
+        figures.append({"name": name, "status": status} | ({"differing": differing} if differing else {}))
+    return figures
+
+
+def read_claims(path: Path) -> list["Claim"]:
+    """A chapter's claims: a JSON list of rows, or an object that holds them as `claims`. Raises UserError otherwise."""
+    from influence_kit.measures.verdicts import claim_of
+
+    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return [claim_of(row) for row in (content["claims"] if isinstance(content, dict) else content)]
+    except (KeyError, TypeError, IndexError) as error:
+        raise UserError(
+            f"{path} holds a claim without its parts ({error}): delete it and run its chapter again"
+        ) from error
+
+
+def claims_of(folder: Path) -> dict[str, list["Claim"]]:
+    """The claims of a run by chapter; a confirmed one that `other_seeds.json` does not confirm is fragile, and its reason says why."""
+    others = _read(folder / OTHER_SEEDS, {})
+    paths = sorted(folder.glob("claims/*.json"))
+    return {path.stem: [_beside(claim, others.get(claim.id)) for claim in read_claims(path)] for path in paths}
+
+
+def _beside(claim: "Claim", other: dict | None) -> "Claim":
+    if other is None or claim.status != "confirmed" or other["status"] == "confirmed":
+        return claim
+    from influence_kit.measures.intervals import Estimate
+
+    low, high = other["interval"]
+    number = Estimate(other["measured"], low, high, 0)
+    seeds = ", ".join(map(str, other["seeds"]))
+    return replace(claim, fragile=True, reason=f"fragile: on seeds {seeds} it is {other['status']}, {number}")
+
+
+def keep_other_seeds(folder: Path, run: Path) -> tuple[int, int]:
+    """Keep what another run, of other seeds, says of claims, gates and controls in `folder`, in its other_seeds.json; chapters that the other
+    run lacks keep what is there. Returns how many of those confirmed here it has, and how many it confirms.
+
+    Raises UserError where the other run has no claims, or the same seeds.
+    """
+    from influence_kit.measures.verdicts import write_json
+
+    here = {claim.id: claim for made in claims_of(folder).values() for claim in made}
+    there = [claim for made in claims_of(run).values() for claim in made if claim.id in here]
+    if not there:
+        raise UserError(f"{run} has no claim of those in {folder}: give the figures of a run with other --seeds")
+    if same := [claim.id for claim in there if claim.seeds and set(claim.seeds) & set(here[claim.id].seeds)]:
+        raise UserError(f"{run} has seeds of {folder} ({same[0]}, seeds {here[same[0]].seeds}): run it with other --seeds")
+    # A claim without a number on those seeds says nothing, and JSON has no nan.
+    rows = {
+        claim.id: {"measured": claim.measured, "interval": claim.interval, "status": claim.status, "seeds": claim.seeds}
+        for claim in there
+        if math.isfinite(claim.measured)
+    }
+    write_json(folder / OTHER_SEEDS, _read(folder / OTHER_SEEDS, {}) | rows)
+    both = [claim for claim in there if here[claim.id].status == "confirmed"]
+    return len(both), sum(claim.status == "confirmed" for claim in both)
+
+
+def verdict_table(claims: Iterable["Claim"], figures: Iterable[dict]) -> str:
+    """The verdicts for a terminal: two lines a claim, one line for the figures."""
+    lines = []
+    for claim in sorted(claims, key=lambda claim: (claim.chapter, claim.id)):
+        low, high = claim.interval
+        kind = "" if claim.kind == "claim" else f"{claim.kind}: "
+        reason = f" ({claim.reason})" if claim.reason else ", fragile" if claim.fragile else ""
+        if claim.referee is not None:
+            reason += f"; {claim.referee.method}: {claim.referee.measured:.3g}, {claim.referee.agreement}"
+        lines.append(f"{claim.status:<9}  {claim.chapter}  {kind}{claim.claim}")
+        lines.append(
+            f"{'':<9}  paper: {claim.paper}; here {claim.measured:.3g} [{low:.3g}, {high:.3g}] {claim.unit}".rstrip()
+            + f", {len(claim.seeds)} seed{'s' * (len(claim.seeds) != 1)}{reason}"
+        )
+    figures = list(figures)
+    counts = Counter(figure["status"] for figure in figures)
+    told = [f"{counts[status]} {status}" for status in ("reproduced", "differs", "new") if counts[status]]
+    lines.append(f"figures: {', '.join(told) or 'none'}")
+    lines += [
+        f"  {figure['name']} differs in {', '.join(figure['differing'])}"
+        for figure in figures
+        if figure.get("differing")
+    ]
+    return "\n".join(lines)

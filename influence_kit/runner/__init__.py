@@ -1,0 +1,1 @@
+"""Content-addressed stages on several processes; knows nothing of influence."""

@@ -1,0 +1,91 @@
+"""A model and a text from the user's own folders through the real stages, as the hub profile does with names."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from influence_kit import models
+from influence_kit.errors import UserError
+from influence_kit.findings import families as grid
+from influence_kit.findings.profiles import FOLDER, load_profile
+from influence_kit.findings.trained import Run
+from influence_kit.measures.crossing import translation_ranks
+
+WORDS = {"en": "open save file menu press button window close".split(), "de": "öffnen sichern datei menü drücken knopf fenster schließen".split()}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A folder of parallel JSON lines, and a small model with a byte-level tokenizer that has no padding token."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from tokenizers.trainers import BpeTrainer
+    from transformers import PreTrainedTokenizerFast
+
+    home = tmp_path_factory.mktemp("own")
+    rng = np.random.default_rng(0)
+    lines = []
+    for pair in range(60):
+        chosen = rng.integers(0, 8, 6)
+        for language, words in WORDS.items():
+            lines.append({"pair_id": str(pair), "language": language, "text": " ".join(words[i] for i in chosen)})
+    (home / "text").mkdir()
+    (home / "text" / "pairs.jsonl").write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
+    raw = Tokenizer(BPE())
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator([line["text"] for line in lines], BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
+    assert tokenizer.pad_token is None
+    tokenizer.save_pretrained(home / "model")
+    models.initialise(models.configure("llama", 320, 16, 1, 32), 0).save_pretrained(home / "model")
+    return home
+
+
+def profile_with(folders, tmp_path, **changes):
+    content = yaml.safe_load((FOLDER / "smoke.yaml").read_text())
+    world = {"languages": ["en", "de"], "pairs": 40, "held_out": 5, "queries": 6, "scan": 20, "length": 24, "vocabulary": 300}
+    family = {"sizes": [{"pretrained": str(folders / "model")}]}
+    content["text"] = {"source": "folder", "folder": str(folders / "text"), "world": world, "family": family, "scan": {"fit": 30}} | changes
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return load_profile(str(path))
+
+
+def test_own_model_on_own_text(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("INFLUENCE_KIT_CACHE", str(tmp_path / "cache"))
+    (trained,) = grid.text_grid(profile_with(folders, tmp_path), (0.0, 1.0))
+    run = Run(trained)
+    scan = run.scan()
+    assert scan.raw.shape[0] == 12 and np.isfinite(scan.raw).all() and scan.raw.std() > 0
+    assert not np.array_equal(run.scan(0.0).raw, scan.raw)  # untrained weights are others
+    assert run.parameters == models.non_embedding_parameters(models.load_pretrained(folders / "model"))
+    found = translation_ranks(run.world, scan.raw, scan.rows, k=3)
+    assert len(found) == 12 and found["auc"].between(0, 1).all() and set(found["asked"]) == {"en", "de"}
+    text = run.world.queries["completion"][0].as_py()
+    ids, mask = (run.world.queries[name][0].as_py() for name in ("input_ids", "loss_mask"))
+    assert "".join(run.world.pieces(ids[: mask.index(True) + sum(mask)])) == text
+    assert run.card(0, k=2).png[:4] == b"\x89PNG"
+
+
+def test_pretrained_models_have_no_path_and_no_atlas(folders, tmp_path):
+    with pytest.raises(UserError, match=r"scan\.fractions must be empty"):
+        profile_with(folders, tmp_path, scan={"fractions": [0.5]})
+    content = yaml.safe_load((FOLDER / "smoke.yaml").read_text())
+    content["atlas"]["family"]["sizes"] = [{"pretrained": "x"}]
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match="pretrained models read real text only"):
+        load_profile(str(path))
+
+
+def test_a_model_that_is_not_there_ends_in_one_line(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("INFLUENCE_KIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    profile = profile_with(folders, tmp_path, family={"sizes": [{"pretrained": str(tmp_path / "nothing")}]})
+    (trained,) = grid.text_grid(profile)
+    with pytest.raises(UserError, match="could not be loaded") as error:
+        Run(trained).scan()
+    assert "\n" not in str(error.value)

@@ -1,0 +1,257 @@
+"""Profiles: all that ship are valid, unknown keys and names are refused in one line; grids follow from them."""
+
+import importlib
+
+import pytest
+import yaml
+
+from influence_kit.corpora.world import World
+from influence_kit.errors import UserError
+from influence_kit.findings import families as grid
+from influence_kit.findings import reads as chapters
+from influence_kit.findings.profiles import FOLDER, PLANTED, load_profile, profile_names
+
+
+def test_the_promised_profiles_ship_and_are_valid():
+    assert {"smoke", "laptop", "gpu", "hub"} <= set(profile_names())
+    for name in profile_names():
+        profile = load_profile(name)
+        assert profile.name == name and profile.seeds
+    assert len(load_profile("laptop").seeds) >= 3
+
+
+def test_unknown_profile_lists_the_known_ones():
+    with pytest.raises(UserError, match=r"'labtop' is not known: choose one of .*laptop.*smoke"):
+        load_profile("labtop")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("atlas", "world", "entitys"), 5, "unknown parameter 'entitys'; known are .*entities"),
+        (("atlas", "world", "seed"), 5, "unknown parameter 'seed'"),
+        (("atlas", "world", "noise_share"), 2, "noise_share=2"),
+        (("atlas", "family", "recipe", "lr"), 5, "unknown parameter 'lr'"),
+        (("atlas", "scan", "damping"), -1, "damping"),
+        (("colour",), "red", "colour: Extra inputs"),
+        (("atlas", "family", "architecture"), "rnn", "'rnn' is not one of"),
+        (("atlas", "arms", "wide"), {"widths": [48]}, r"wide asks for widths \[48\], the family has \[16, 32\]"),
+        (("atlas", "arms", "base"), {}, "'base' is the world as it stands"),
+        (("atlas", "arms", "bad"), {"world": {"noise_share": 2}}, "^profile own.yaml: atlas: .*Atlas: noise_share=2"),
+        (("cast", "world", "entities"), 5, "^profile own.yaml: cast: .*unknown parameter 'entities'; known are .*personas"),
+        (("cast", "arms", "bad"), {"world": {"answer_from": "memory"}}, "answer_from='memory' must be one of imitation"),
+    ],
+)
+def test_bad_profiles_name_the_key_and_the_remedy(tmp_path, place, value, message):
+    content = yaml.safe_load((FOLDER / "smoke.yaml").read_text())
+    inner = content
+    for key in place[:-1]:
+        inner = inner.setdefault(key, {})
+    inner[place[-1]] = value
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=message) as error:
+        load_profile(str(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("seeds", [[], [1, 1], [-1]])
+def test_bad_seeds_are_refused(seeds):
+    with pytest.raises(UserError, match="seeds"):
+        load_profile("smoke", seeds)
+
+
+def test_other_seeds_make_other_stages_and_share_the_text():
+    ours, theirs = load_profile("smoke", [1, 2]), load_profile("smoke", [2, 3])
+    first, second = ({s.fingerprint: s for s in chapters.stages_for(p, "05_cross_lingual")} for p in (ours, theirs))
+    shared = {stage.label for fingerprint, stage in first.items() if fingerprint in second}
+    assert shared and all("seed 2" in label or label == "real text" for label in shared)
+
+
+def test_without_real_text_nothing_reads_it():
+    profile = load_profile("smoke", real_text=False)
+    for chapter in chapters.CHAPTERS:
+        assert not any(stage.kind == "text" for stage in chapters.stages_for(profile, chapter))
+
+
+def test_inputs_come_before_what_is_made_of_them():
+    for chapter in chapters.CHAPTERS:
+        seen = set()
+        for stage in chapters.stages_for(load_profile("laptop"), chapter):
+            assert all(below.fingerprint in seen for below in stage.inputs.values())
+            seen.add(stage.fingerprint)
+
+
+def test_a_text_folder_that_is_not_there_is_said_before_any_work(tmp_path):
+    content = yaml.safe_load((FOLDER / "smoke.yaml").read_text())
+    content["text"] |= {"source": "folder", "folder": str(tmp_path / "missing")}
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(content))
+    stages = chapters.stages_for(load_profile(str(path)), "05_cross_lingual")
+    with pytest.raises(UserError, match="does not exist"):
+        chapters.text_is_in_reach(stages)
+
+
+def test_text_that_cannot_be_fetched_is_said_with_the_remedy(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no apt-get anywhere
+    stages = chapters.stages_for(load_profile("smoke"), "05_cross_lingual")
+    assert next(stage for stage in stages if stage.kind == "text").early
+    with pytest.raises(UserError, match=r"apt-get is not on this machine.*--without-real-text"):
+        chapters.text_is_in_reach(stages)
+    chapters.text_is_in_reach([stage for stage in stages if stage.kind != "text"])
+
+
+def test_a_gpu_profile_without_a_gpu_is_refused_before_any_work():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    with pytest.raises(UserError, match="cuda and torch finds no GPU"):
+        chapters.device_is_there(chapters.stages_for(load_profile("gpu"), "01_worlds_and_models"))
+
+
+def test_every_chapter_has_a_notebook_and_every_notebook_a_grid():
+    notebooks = {path.stem for path in (FOLDER.parents[2] / "notebooks").glob("*.ipynb")}
+    assert notebooks == set(chapters.CHAPTERS)
+
+
+def test_a_profile_may_leave_a_world_out(tmp_path):
+    content = yaml.safe_load((FOLDER / "smoke.yaml").read_text())
+    del content["cast"]
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(content))
+    profile = load_profile(str(path))
+    assert profile.cast is None and grid.planted_grid(profile, "cast") == []
+    assert grid.planted_grid(profile, "atlas")
+    with pytest.raises(UserError, match="no world is called 'map': choose one of atlas, "):
+        grid.planted_grid(profile, "map")
+
+
+def test_arms_change_the_world_and_nothing_else():
+    profile = load_profile("laptop")
+    base, minority = (grid.planted_grid(profile, "atlas", [arm], (), [32], [11])[0] for arm in ("base", "minority"))
+    assert minority.world.parameters == base.world.parameters | profile.atlas.arms["minority"].world
+    assert minority.model.parameters == base.model.parameters and minority.influence == {}
+    assert minority.model.fingerprint != base.model.fingerprint
+    assert not grid.planted_grid(profile, "atlas", ["minority"], widths=[64])  # the arm has no such width
+    assert not grid.planted_grid(profile, "atlas", ["no_such_arm"])
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_every_arm_of_every_world_has_a_stage_and_a_cost(name):
+    profile = load_profile(name)
+    for corpus in PLANTED:
+        section = getattr(profile, corpus)
+        found = grid.planted_grid(profile, corpus, ("base", *section.arms), seeds=[0])
+        assert {trained.arm for trained in found} == {"base", *section.arms}
+        for stage in (stage for trained in found for stage in trained.stages):
+            assert stage.fingerprint and stage.cost.seconds > 0 and stage.cost.memory_bytes > 0
+
+
+@pytest.mark.parametrize("corpus", PLANTED)
+def test_costs_rest_on_the_size_that_a_world_has(corpus, tmp_path):
+    stage = grid.planted_grid(load_profile("smoke"), corpus)[0].world
+    module, _, function = stage.function.partition(":")
+    getattr(importlib.import_module(module), function)(stage.parameters, {}, tmp_path, None)
+    world, (sequences, length, words) = World.load(tmp_path), grid.shape(stage)
+    assert (sequences, length) == (world.sequences.num_rows, world.context)
+    assert words == pytest.approx(world.vocabulary_size, rel=0.1)
+
+
+def test_an_arm_may_replace_statements_of_a_world_as_it_stands():
+    profile = load_profile("smoke")
+    base, arm = (grid.planted_grid(profile, "atlas", [name], (), [16])[0] for name in ("base", "without_translations"))
+    assert arm.world.inputs["world"].fingerprint == base.world.fingerprint
+    assert grid.shape(arm.world) == grid.shape(base.world) and arm.model.parameters == base.model.parameters
+    assert base.world.fingerprint in {stage.fingerprint for stage in arm.stages}
+
+
+def test_sizes_may_have_an_architecture_of_their_own():
+    neox, llama = grid.planted_grid(load_profile("smoke"), "little_atlas")
+    assert [one.model.parameters["architecture"] for one in (neox, llama)] == ["gpt_neox", "llama"]
+    assert neox.world.fingerprint == llama.world.fingerprint and "llama" in llama.model.label
+
+
+def test_referees_know_how_the_model_was_trained_and_one_of_them_reads_a_scan():
+    (one, _) = grid.planted_grid(load_profile("smoke"), "little_atlas", extra=("rivals", "response", "bank", "reweighted"))
+    for (kind, _), stage in one.extra.items():
+        scan = {"influence"} if kind == "reweighted" else set()
+        assert stage.parameters["model"] == one.model.parameters and set(stage.inputs) == {"world", "model"} | scan, kind
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("ladder", {"arms": {"less": {"without": "translations"}}}, "less removes translations, which Atlas has and Ladder has not"),
+        ("atlas", {"arms": {"less": {"without": "names"}}}, "less removes names, which Procedures has and Atlas has not"),
+        ("atlas", {"arms": {"less": {"without": "words"}}}, "without"),
+        ("little_atlas", {"family": {"sizes": [{"width": 16, "architecture": "rwkv"}]}}, "architecture 'rwkv' is not one of"),
+        ("little_atlas", {"extra": {"jury": {}}}, "there is no stage 'jury'"),
+    ],
+)
+def test_a_referee_section_that_cannot_be_is_refused(section, change, message, tmp_path):
+    content = yaml.safe_load((FOLDER / "smoke.yaml").read_text())
+    content[section] |= change
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=message):
+        load_profile(str(path))
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_chapter_02_finds_its_rivals_in_every_profile(name):
+    profile = load_profile(name)
+    for world in ("atlas", "ladder"):
+        found = grid.planted_grid(profile, world, widths=chapters.middle_width(profile, world), extra=("rivals",))
+        assert found and all(("rivals", 1.0) in one.extra for one in found)
+        assert all(set(one.extra["rivals", 1.0].parameters["tracin"]) <= {*profile_fractions(profile, world), 1.0} for one in found)
+    for one in grid.planted_grid(profile, "little_atlas", extra=("rivals", "response", "bank", "reweighted")):
+        assert {kind for kind, _ in one.extra} == {"rivals", "response", "bank", "reweighted"}
+    for one in grid.text_grid(profile, extra=("rivals", "bank"), section="little_text"):
+        assert {kind for kind, _ in one.extra} == {"rivals", "bank"}
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_every_profile_trains_again_what_chapters_08_and_11_ask(name):
+    profile = load_profile(name)
+    for world, arms in (("atlas", ("without_copies",)), ("procedures", ("without_procedure", "without_names"))):
+        largest, smallest = (choose(size.width for size in getattr(profile, world).family.sizes) for choose in (max, min))
+        widths = {one.size.width for one in grid.planted_grid(profile, world, arms, ())}
+        assert {largest, *([smallest] if world == "procedures" else [])} <= widths, (world, widths)
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_every_profile_reads_spoken_lines_with_and_without_names(name):
+    found = grid.dialogue_grid(load_profile(name), ("base", "unnamed"), ())
+    assert {one.arm for one in found} == {"base", "unnamed"}
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_one_sequence_a_hundredth_and_a_tenth_are_left_out_as_chapters_02_and_03_say(name):
+    little = load_profile(name).little_atlas
+    documents = little.world["documents"]
+    assert little.extra["reweighted"]["counts"] == [1, documents // 100, documents // 10] and little.scan.sequences >= documents
+
+
+def profile_fractions(profile, world):
+    return getattr(profile, world).scan.fractions
+
+
+@pytest.mark.parametrize(
+    ("world", "arm", "chapter"),
+    [
+        ("atlas", "without_translations", "05_cross_lingual"),
+        ("atlas", "without_copies", "08_memorisation"),
+        ("procedures", "without_procedure", "11_maths_and_code"),
+        ("procedures", "without_names", "11_maths_and_code"),
+    ],
+)
+@pytest.mark.parametrize("name", profile_names())
+def test_every_profile_has_what_chapters_train_again_and_its_absence_is_said(name, world, arm, chapter, tmp_path):
+    assert grid.planted_grid(load_profile(name), world, (arm,), ())
+    content = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    del content[world]["arms"][arm]
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=f"no {world} arm `{arm}`"):
+        chapters.stages_for(load_profile(str(path)), chapter)

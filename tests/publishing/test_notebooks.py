@@ -1,0 +1,319 @@
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from influence_kit.errors import UserError
+from influence_kit.publishing.notebooks import KERNEL, chapter_stage, chosen_parameters, normalise, read_cells, to_text
+from influence_kit.publishing.results import publish, read_claims, verdict_table
+from influence_kit.runner.scheduler import RunFailed, run_stages
+from influence_kit.runner.stages import record
+from tests.runner.tiny_stages import stage
+
+REPOSITORY = Path(__file__).parents[2]
+PARAMETERS = (
+    "profile: str = 'laptop'  # the profile\nseeds: list = [0, 1, 2]\nscale = 2.0  # of the noise\ncount: int = 3"
+)
+CHAPTER = """
+import json, os, sys
+from pathlib import Path
+import pandas
+from tqdm import tqdm
+figures = Path(os.environ["INFLUENCE_KIT_FIGURES"])
+for _ in tqdm(range(3), file=sys.__stderr__):
+    print("step", end=" ")
+table = pandas.DataFrame({"size": range(count), "value": [scale * i for i in range(count)]})
+table.to_parquet(figures / "growth.parquet")
+table.to_csv(figures / "growth.csv", index=False)
+size = (figures / "growth.png").write_bytes(b"a picture")
+"""
+SEEN = 'print(os.environ["INFLUENCE_KIT_FIGURES"], sys.prefix, object())'
+CLAIMS = """
+row = dict(id="grows", chapter="01_growth", claim="It grows.", paper="2 per step", measured=scale, interval=[1.5, 2.5],
+           status="confirmed", kind="claim", seeds=seeds, unit="per step", rule="above 0")
+(figures / "claims").mkdir()
+with open(figures / "claims" / "01_growth.json", "w") as file:
+    json.dump([row], file)
+row["status"]
+"""
+
+
+def write_notebook(folder: Path, name: str, *sources: str) -> Path:
+    cells = [nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})]
+    cells += [nbformat.v4.new_code_cell(source.strip()) for source in sources]
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": KERNEL})
+    path = folder / f"{name}.ipynb"
+    nbformat.write(notebook, path)
+    return path
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "stage.json")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+# --- executing
+
+
+def test_a_chapter_is_executed_cached_normalised_and_published(tmp_path, monkeypatch, capfd):
+    # A kernel of the same name that belongs to somebody else must not be taken.
+    foreign = tmp_path / "jupyter" / "kernels" / "python3"
+    foreign.mkdir(parents=True)
+    (foreign / "kernel.json").write_text(json.dumps({"argv": ["false"], "display_name": "x", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
+    path = write_notebook(tmp_path, "01_growth", CHAPTER, SEEN, CLAIMS)
+    below = stage("number", "seven", value=7)
+    chapter = chapter_stage(path, {"profile": "smoke"}, {"name": "smoke"}, [below])
+    assert [each.label for each in run_stages([chapter], jobs=1)] == ["seven", "01_growth"]
+    first = files(chapter.folder)
+    assert set(first) == {
+        "growth.parquet", "growth.csv", "growth.png", "claims/01_growth.json", "notebooks/01_growth.ipynb",
+    }  # fmt: skip
+    assert run_stages([chapter], jobs=1) == []
+
+    # Executed again, in another process at another time: not a byte differs.
+    run_stages([chapter], jobs=1, force_kinds={"01_growth"})
+    assert files(chapter.folder) == first
+    assert not chapter.beside(".log").exists() and not chapter.beside(".failed.ipynb").exists()
+
+    text = first["notebooks/01_growth.ipynb"].decode()
+    notebook = nbformat.reads(text, as_version=4)
+    nbformat.validate(notebook)
+    assert [cell.id for cell in notebook.cells] == [f"cell-{number:02d}" for number in range(5)]
+    assert notebook.cells[1].metadata.tags == ["injected-parameters"] and "smoke" in notebook.cells[1].source
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
+    assert [output.text for output in notebook.cells[2].outputs] == ["step step step "]  # no progress bar
+    place, environment, thing = notebook.cells[3].outputs[0].text.split(maxsplit=2)
+    assert (place.split("/")[0], environment) == ("<cache>", "<environment>") and "at 0x…" in thing
+    assert str(tmp_path) not in text and "/tmp" not in text
+
+    figures = tmp_path / "figures" / "smoke"
+    claims, judged = publish(figures, [chapter])
+    assert {**first, "provenance.json": b"", "verdicts.json": b""}.keys() == files(figures).keys()
+    assert judged == [{"name": "growth", "status": "new"}] and claims[0].id == "grows"
+    written = json.loads((figures / "verdicts.json").read_text())
+    assert written["claims"][0]["interval"] == [1.5, 2.5] and written["figures"] == judged
+    provenance = json.loads((figures / "provenance.json").read_text())
+    assert set(provenance) == {chapter.fingerprint, below.fingerprint}
+    assert provenance[chapter.fingerprint]["stages"] == [below.fingerprint]
+    assert {"commit", "host", "wall_seconds", "peak_memory_bytes", "versions"} <= set(provenance[below.fingerprint])
+    table = verdict_table(claims, judged)
+    assert (
+        "confirmed  01_growth  It grows." in table and "paper: 2 per step; here 2 [1.5, 2.5] per step, 3 seeds" in table
+    )
+
+    _, judged = publish(figures, [chapter], update_expected=True)
+    assert judged == [{"name": "growth", "status": "reproduced"}]
+    other = chapter_stage(path, {"scale": 3.0}, {"name": "smoke"}, [below])
+    run_stages([other], jobs=1)
+    claims, judged = publish(figures, [other])
+    assert judged == [{"name": "growth", "status": "differs", "differing": ["value"]}] and claims[0].measured == 3
+    assert "growth differs in value" in verdict_table(claims, judged)
+    assert "encryption" not in capfd.readouterr().err
+
+
+def fails(tmp_path: Path, *sources: str, kind=RunFailed):
+    with pytest.raises(kind) as caught:
+        run_stages([chapter_stage(write_notebook(tmp_path, "02_bad", *sources), {}, {}, [])], jobs=1)
+    return caught.value
+
+
+def test_a_failing_cell_names_chapter_cell_and_reason_and_keeps_what_ran(tmp_path):
+    failure = fails(tmp_path, "print('before')", "# why\nvalue = missing\n", "print('after')")
+    line = str(failure).splitlines()[0]
+    assert line.startswith(
+        "stage 02_bad failed: RuntimeError: cell 3 (`value = missing`): NameError: name 'missing' is not"
+    )
+    assert failure.exit_code == 1
+    executed = nbformat.read(line.split("; see ")[1], as_version=4)
+    assert any("before" in str(cell.get("outputs")) for cell in executed.cells)
+
+
+def test_a_users_error_in_a_cell_ends_as_one(tmp_path):
+    error = fails(
+        tmp_path, "from influence_kit.errors import UserError\nraise UserError('no such language')", kind=UserError
+    )
+    assert str(error) == "no such language"
+
+
+def test_a_dead_kernel_is_told_as_memory(tmp_path):
+    failure = fails(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    assert failure.exit_code == 137
+    assert "stage 02_bad: MemoryError: the chapter's kernel died, usually out of memory; it needs about 1.5 GB" in str(
+        failure
+    )
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_no_kernel_outlives_a_killed_run(tmp_path):
+    write_notebook(
+        tmp_path,
+        "02_long",
+        "import os, time\nopen(os.environ['TINY_CALLS'], 'w').write(str(os.getpid()))\ntime.sleep(99)",
+    )
+    script = tmp_path / "run.py"
+    script.write_text(
+        "from pathlib import Path\nfrom influence_kit.publishing.notebooks import chapter_stage\n"
+        "from influence_kit.runner.scheduler import run_stages\nif __name__ == '__main__':\n"
+        f"    run_stages([chapter_stage(Path({str(tmp_path / '02_long.ipynb')!r}), {{}}, {{}}, [])], jobs=1)\n"
+    )
+    run = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    told, deadline = Path(os.environ["TINY_CALLS"]), time.monotonic() + 60
+    while not (told.exists() and told.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    kernel = Path("/proc", told.read_text())
+    assert kernel.exists()
+    run.kill()
+    run.wait()
+    deadline = time.monotonic() + 10
+    while kernel.exists() and "Z" not in (kernel / "stat").read_text().rpartition(")")[2].split()[:1]:
+        assert time.monotonic() < deadline, "the kernel lives on"
+        time.sleep(0.1)
+
+
+# --- parameters
+
+
+@pytest.fixture
+def chapters(tmp_path):
+    return [write_notebook(tmp_path, "01_growth"), write_notebook(tmp_path, "02_more")]
+
+
+def test_parameters_are_typed_by_the_chapter_and_offered_where_it_knows_them(chapters):
+    given = {"count": "5", "scale": "3", "seeds": "4,5"}
+    chosen = chosen_parameters(chapters, given, {"profile": "smoke", "unheard_of": 1})
+    assert chosen["01_growth"] == {"profile": "smoke", "count": 5, "scale": 3.0, "seeds": [4, 5]} == chosen["02_more"]
+    assert isinstance(chosen["01_growth"]["scale"], float)
+    assert chosen_parameters(chapters, {"profile": "7"}, {})["01_growth"] == {"profile": "7"}
+
+
+@pytest.mark.parametrize(("name", "text"), [("count", "many"), ("count", "1.5"), ("count", "true"), ("seeds", "7")])
+def test_a_value_of_another_type_is_refused(chapters, name, text):
+    with pytest.raises(UserError, match=rf"parameter {name} of 01_growth takes .* not '{text}'"):
+        chosen_parameters(chapters, {name: text}, {})
+
+
+def test_an_unknown_parameter_is_refused_with_the_known_ones(chapters):
+    with pytest.raises(
+        UserError, match="unknown parameter 'sede'; known are 01_growth: profile, seeds, scale, count; 02"
+    ):
+        chosen_parameters(chapters, {"sede": "1"}, {})
+
+
+def test_what_is_no_notebook_is_refused(tmp_path):
+    (tmp_path / "03.ipynb").write_text("{")
+    with pytest.raises(UserError, match="not a notebook"):
+        read_cells(tmp_path / "03.ipynb")
+    with pytest.raises(UserError, match="there is no notebook"):
+        read_cells(tmp_path / "04.ipynb")
+
+
+def test_a_chapter_depends_on_its_cells_parameters_profile_and_stages(tmp_path):
+    path = write_notebook(tmp_path, "01_growth", "1")
+    one, two = stage("number", value=1), stage("number", value=2)
+    prints = {chapter_stage(path, {}, {"steps": 1}, [one]).fingerprint for _ in range(2)}
+    prints.add(chapter_stage(path, {"count": 1}, {"steps": 1}, [one]).fingerprint)
+    prints.add(chapter_stage(path, {}, {"steps": 2}, [one]).fingerprint)
+    prints.add(chapter_stage(path, {}, {"steps": 1}, [two]).fingerprint)
+    write_notebook(tmp_path, "01_growth", "2")
+    prints.add(chapter_stage(path, {}, {"steps": 1}, [one]).fingerprint)
+    assert len(prints) == 5
+
+
+# --- normalising and publishing
+
+
+def test_a_widget_is_taken_out_and_said():
+    view = {"application/vnd.jupyter.widget-view+json": {"model_id": "x"}, "text/plain": "0%|  |"}
+    cell = nbformat.v4.new_code_cell("bar", outputs=[nbformat.v4.new_output("display_data", view)])
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"widgets": {"state": {}}, "papermill": {"duration": 1}})
+    notes = normalise(notebook)
+    assert len(notes) == 1 and "widget" in notes[0] and "widget" not in to_text(notebook)
+
+
+def finished(tmp_path: Path, chapter: str, *names: str):
+    """A chapter as it lies in the cache, without executing anything."""
+    from influence_kit.runner.stages import _seal
+
+    made = chapter_stage(write_notebook(tmp_path, chapter, *names), {}, {}, [])
+    part = made.beside(".part")
+    (part / "claims").mkdir(parents=True)
+    for name in names:
+        (part / f"{name}.png").write_text(name)
+    row = dict(id=chapter, chapter=chapter, claim="c", paper="p", measured=None, interval=[None, None],
+               status="undecided", kind="claim", seeds=[], unit="", rule="r")  # fmt: skip
+    (part / "claims" / f"{chapter}.json").write_text(json.dumps({"claims": [row]}))
+    _seal(made, part, {})
+    return made
+
+
+def test_other_chapters_stay_and_files_no_longer_made_go(tmp_path):
+    figures = tmp_path / "figures"
+    publish(figures, [finished(tmp_path, "01_one", "a", "b"), finished(tmp_path, "02_two", "c")])
+    claims, _ = publish(figures, [finished(tmp_path, "01_one", "b", "d")])
+    assert sorted(path.name for path in figures.glob("*.png")) == ["b.png", "c.png", "d.png"]
+    assert [claim.chapter for claim in claims] == ["01_one", "02_two"]
+    labels = [entry["label"] for entry in json.loads((figures / "provenance.json").read_text()).values()]
+    assert sorted(labels) == ["01_one", "02_two"]
+
+
+def test_publishing_again_touches_nothing(tmp_path):
+    figures, chapter = tmp_path / "figures", finished(tmp_path, "01_one", "a")
+    publish(figures, [chapter])
+    before = {path: os.stat(path).st_mtime_ns for path in figures.rglob("*.png")}
+    content = files(figures)
+    publish(figures, [chapter])
+    assert {path: os.stat(path).st_mtime_ns for path in before} == before and files(figures) == content
+
+
+def test_a_claim_without_its_parts_is_refused(tmp_path):
+    path = tmp_path / "01_one.json"
+    path.write_text(json.dumps([{"id": "x"}]))
+    with pytest.raises(UserError, match=r"01_one.json holds a claim without its parts"):
+        read_claims(path)
+
+
+def test_the_record_of_a_chapter_holds_no_path(tmp_path):
+    chapter = finished(tmp_path, "01_one", "a")
+    assert str(tmp_path) not in json.dumps({key: value for key, value in record(chapter).items() if key != "made"})
+
+
+def other_run(folder, status, seeds=(101, 102, 103), measured=1.0, kind="claim"):
+    """A folder of figures with one claim, called "grows", of other seeds."""
+    row = {"id": "grows", "chapter": "01_growth", "claim": "it grows", "paper": "–", "measured": measured, "interval": [0.1, 1.9]}
+    row |= {"status": status, "kind": kind, "seeds": list(seeds), "unit": "", "rule": "above 0"}
+    (folder / "claims").mkdir(parents=True)
+    (folder / "claims" / "01_growth.json").write_text(json.dumps([row]))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["claim", "gate", "control"])
+def test_what_is_confirmed_and_not_by_other_seeds_is_fragile_and_says_so(tmp_path, kind):
+    from influence_kit.publishing.results import claims_of, keep_other_seeds
+
+    here = other_run(tmp_path / "here", "confirmed", (11, 12, 13), 2.0, kind)
+    assert keep_other_seeds(here, other_run(tmp_path / "same", "confirmed", kind=kind)) == (1, 1)
+    assert not claims_of(here)["01_growth"][0].fragile
+    assert keep_other_seeds(here, other_run(tmp_path / "other", "undecided", kind=kind)) == (1, 0)
+    claims, _ = publish(here, [])
+    assert claims[0].fragile and claims[0].status == "confirmed"
+    assert "fragile: on seeds 101, 102, 103 it is undecided, 1.0 [0.1, 1.9]" in verdict_table(claims, [])
+
+
+def test_other_seeds_must_be_others_and_have_the_claims(tmp_path):
+    from influence_kit.publishing.results import keep_other_seeds
+
+    here = other_run(tmp_path / "here", "confirmed", (11, 12, 13))
+    with pytest.raises(UserError, match="has seeds of"):
+        keep_other_seeds(here, other_run(tmp_path / "twice", "confirmed", (13, 14, 15)))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="has no claim of those"):
+        keep_other_seeds(here, tmp_path / "empty")

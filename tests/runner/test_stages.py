@@ -1,0 +1,327 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from influence_kit.errors import UserError
+from influence_kit.runner import fingerprint
+from influence_kit.runner.stages import Stage, ensure, record, sha256
+from tests.runner.tiny_stages import STEPS, calls, stage
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file that a stage is for (stage.json tells when and where it was made)."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if name != "stage.json"}
+
+
+def in_a_process(code: str, **environment: str) -> subprocess.Popen:
+    settings = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+# --- made once, listed, found again
+
+
+def test_a_stage_is_made_once_with_its_inputs():
+    one, two = stage("number", value=1), stage("number", value=2)
+    both = stage("total", inputs={"one": one, "two": two})
+    folder = ensure(both)
+    assert json.loads((folder / "value.json").read_text()) == 3
+    assert calls() == ["number 1", "end 1", "number 2", "end 2", "total"]
+    assert ensure(both) == folder and len(calls()) == 5
+    # Inputs are looked at only where they are needed: a made stage stands by itself.
+    shutil.rmtree(one.folder)
+    assert ensure(both) == folder and len(calls()) == 5
+
+
+def test_stage_json_lists_every_file_with_its_hash():
+    made = stage("number", "Seven", value=7)
+    folder = ensure(made)
+    content = record(made)
+    assert folder.name == made.fingerprint[:16] and folder.parent.name == "number"
+    assert content["fingerprint"] == made.fingerprint and content["label"] == "Seven"
+    assert set(content["files"]) == {"value.json", "more/text.txt"}
+    for name, listed in content["files"].items():
+        assert listed == {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+    assert content["made"]["wall_seconds"] >= 0 and content["made"]["peak_memory_bytes"] > 1e6
+
+
+def test_a_cache_carried_elsewhere_is_used_there(tmp_path, monkeypatch):
+    made = stage("number", value=7)
+    ensure(made)
+    shutil.copytree(tmp_path / "cache", tmp_path / "carried", copy_function=shutil.copyfile)
+    monkeypatch.setenv("INFLUENCE_KIT_CACHE", str(tmp_path / "carried"))
+    folder = ensure(stage("number", value=7))
+    assert folder.is_relative_to(tmp_path / "carried") and calls() == ["number 7", "end 7"]
+
+
+def test_force_makes_again_and_keeps_the_old_files_until_then():
+    made = stage("number", value=7)
+    before = contents(ensure(made))
+    assert contents(ensure(made, force=True)) == before
+    assert calls() == ["number 7", "end 7"] * 2
+    assert not made.beside(".old").exists() and not made.beside(".part").exists()
+
+
+# --- damage
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data)
+
+
+def flip_behind_the_clock(path: Path) -> None:
+    status = path.stat()
+    flip(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("value.json", flip),
+        ("more/text.txt", flip_behind_the_clock),
+        ("more/text.txt", lambda path: path.write_bytes(path.read_bytes()[:10])),
+        ("value.json", Path.unlink),
+        ("stage.json", lambda path: path.write_bytes(path.read_bytes()[:50])),
+        ("stage.json", Path.unlink),
+    ],
+)
+def test_damage_is_reported_in_one_line_and_made_again(name, harm, capfd):
+    made = stage("number", "Seven", value=7)
+    before = contents(ensure(made))
+    capfd.readouterr()
+    harm(made.folder / name)
+    assert contents(ensure(made)) == before
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("Seven: ") and name in lines[0] and "making it again" in lines[0]
+    assert calls() == ["number 7", "end 7"] * 2
+
+
+def test_verify_hashes_files_whose_times_say_nothing():
+    made = stage("number", value=7)
+    ensure(made)
+    path = made.folder / "value.json"
+    flip(path)
+    # Such as a disk that forgets: the note of the last check is as if the file had never changed.
+    seen = json.loads(made.beside(".seen").read_text())
+    status = path.stat()
+    seen["value.json"] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    made.beside(".seen").write_text(json.dumps(seen))
+    ensure(made)
+    assert len(calls()) == 2
+    ensure(made, verify=True)
+    assert len(calls()) == 4
+
+
+# --- kills, locks, full disks
+
+
+def wait_for(condition, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+ENSURE = "from tests.runner.tiny_stages import stage; from influence_kit.runner.stages import ensure; ensure(stage('slow'))"
+
+
+def test_a_killed_stage_goes_on_where_it_was_and_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    killed = stage("slow")
+    process = in_a_process(ENSURE)
+    state = killed.beside(".part") / "resume" / "link.json"
+    wait_for(lambda: state.exists() and json.loads(state.read_text())[0] >= 5)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not killed.folder.exists()
+    folder = ensure(killed)
+    assert record(killed)["made"]["resumed"] is True
+    assert calls()[0] == "slow from 0" and 5 <= int(calls()[1].split()[-1]) < STEPS
+    monkeypatch.setenv("INFLUENCE_KIT_CACHE", str(tmp_path / "other"))
+    assert contents(ensure(stage("slow"))) == contents(folder)
+    assert not (folder / "resume").exists()
+
+
+def test_a_checkpoint_that_cannot_be_read_costs_the_work_not_the_run(capfd):
+    broken = stage("slow")
+    resume = broken.beside(".part") / "resume"
+    resume.mkdir(parents=True)
+    (resume / "link.json").write_text("[7, ")
+    ensure(broken)
+    assert calls() == ["slow from 0"]
+    assert "could not continue after an interruption" in capfd.readouterr().err
+
+
+def test_two_processes_make_one_stage_once():
+    processes = [in_a_process(ENSURE) for _ in range(2)]
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert calls() == ["slow from 0"]
+    assert sum("another process is making it" in error for error in errors) == 1
+
+
+def test_a_full_disk_names_the_folder_and_the_remedy_and_costs_no_finished_stage(own_cache):
+    done = stage("number", value=1)
+    with pytest.raises(UserError, match="no space left in .*INFLUENCE_KIT_CACHE") as caught:
+        ensure(stage("fill_disk", "Large thing", inputs={"done": done}))
+    assert str(own_cache) in str(caught.value) and "Large thing" in str(caught.value)
+    assert "\n" not in str(caught.value) and done.folder.is_dir()
+
+
+def test_a_failing_stage_raises_its_own_error_and_leaves_no_result():
+    failing = stage("fail")
+    with pytest.raises(ValueError, match="the reason"):
+        ensure(failing)
+    assert not failing.folder.exists()
+
+
+# --- fingerprints
+
+
+def test_parameters_count_as_json_sees_them():
+    one = Stage("k", "tests.runner.tiny_stages:number", {"a": (1, 2), "b": 0.5})
+    two = Stage("k", "tests.runner.tiny_stages:number", {"b": 0.5, "a": [1, 2]}, label="another label")
+    other = Stage("k", "tests.runner.tiny_stages:number", {"b": 0.25, "a": [1, 2]})
+    assert one.fingerprint == two.fingerprint != other.fingerprint
+    with pytest.raises(ValueError):
+        _ = Stage("k", "tests.runner.tiny_stages:number", {"a": float("nan")}).fingerprint
+    with pytest.raises(TypeError):
+        _ = Stage("k", "tests.runner.tiny_stages:number", {"a": Path("somewhere")}).fingerprint
+
+
+def test_inputs_kind_threads_and_libraries_count():
+    base = dict(kind="total", function="tests.runner.tiny_stages:total", libraries=())
+    one, two = stage("number", value=1), stage("number", value=2)
+    prints = {
+        Stage(**base).fingerprint,
+        Stage(**base, inputs={"a": one}).fingerprint,
+        Stage(**base, inputs={"a": two}).fingerprint,
+        Stage(**base, inputs={"b": one}).fingerprint,
+        Stage(**base, threads=2).fingerprint,
+        Stage(**base | {"libraries": ("numpy",)}).fingerprint,
+        Stage(**base | {"kind": "sum"}).fingerprint,
+    }
+    assert len(prints) == 7
+
+
+def test_no_path_host_or_process_enters_a_fingerprint(tmp_path):
+    code = "from tests.runner.tiny_stages import stage; print(stage('slow', value=3).fingerprint)"
+    copy = tmp_path / "elsewhere"
+    ignored = shutil.ignore_patterns("__pycache__", ".git", ".cache", ".venv", "figures", "*.egg-info")
+    shutil.copytree(REPOSITORY, copy, ignore=ignored)
+    process = in_a_process(code, PYTHONPATH=str(copy), HOME=str(tmp_path), PYTHONHASHSEED="7")
+    output, error = process.communicate()
+    assert output.strip() == stage("slow", value=3).fingerprint, error
+
+
+STAGES = '''
+"""Two stages beside each other."""
+from typing import TYPE_CHECKING
+
+import influence_kit.models
+from influence_kit.engine.scans import score as rank
+from influence_kit.runner.stages import ensure
+
+if TYPE_CHECKING:
+    from influence_kit import reading
+
+WIDTH = 3
+
+
+def widen(x):
+    return x * WIDTH
+
+
+def train(parameters, inputs, out, progress):
+    """Train."""
+    return influence_kit.models.fit(widen(1))
+
+
+def score(parameters, inputs, out, progress):
+    from .. import lazily
+    return rank(1)
+'''
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A small package of the same name; returns a function that edits a file and gives both stages' source digests."""
+    root = tmp_path / "package" / "influence_kit"
+    (root / "runner").mkdir(parents=True)
+    (root / "findings").mkdir()
+    files = {
+        "__init__.py": "", "models.py": "from influence_kit.deeper import x\ndef fit(x):\n    return x\n",
+        "deeper.py": "x = 1\n", "scoring.py": "def score(x):\n    return x\n", "lazily.py": "y = 1\n",
+        "reading.py": "z = 1\n", "runner/__init__.py": "", "runner/stages.py": "def ensure(): ...\n", "findings/__init__.py": "",
+        "findings/stages.py": STAGES,
+    }  # fmt: skip
+    for name, text in files.items():
+        (root / name).write_text(text)
+    monkeypatch.setattr(fingerprint, "PACKAGE_FOLDER", root)
+
+    def digests(name: str = "deeper.py", old: str = "", new: str = "") -> tuple[str, str]:
+        path = root / name
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new) if old else text + new)
+        for function in (
+            fingerprint.source_digest,
+            fingerprint._tree,
+            fingerprint._location,
+            fingerprint.package_digest,
+        ):
+            function.cache_clear()
+        source = fingerprint.source_digest
+        return source("influence_kit.findings.stages:train"), source("influence_kit.findings.stages:score")
+
+    yield digests
+    for function in (fingerprint.source_digest, fingerprint._tree, fingerprint._location, fingerprint.package_digest):
+        function.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "changes"),
+    [
+        ("models.py", "", "\n\n# a comment\n", (False, False)),
+        ("findings/stages.py", '"""Train."""', '"""Train well."""', (False, False)),
+        ("findings/stages.py", "WIDTH = 3", "WIDTH = 3  # as in the paper", (False, False)),
+        ("reading.py", "z = 1", "z = 2", (False, False)),  # for type checkers alone
+        ("runner/stages.py", "...", "return 1", (False, False)),  # machinery
+        ("models.py", "return x", "return x + 1", (True, False)),
+        ("deeper.py", "x = 1", "x = 2", (True, False)),
+        ("findings/stages.py", "WIDTH = 3", "WIDTH = 4", (True, False)),
+        ("scoring.py", "return x", "return -x", (False, True)),
+        ("lazily.py", "y = 1", "y = 2", (False, True)),
+        ("findings/stages.py", "return rank(1)", "return rank(2)", (False, True)),
+        ("findings/stages.py", "widen(1)", "globals()['widen'](1)", (True, False)),
+    ],
+)
+def test_a_stage_depends_on_the_code_it_reaches_and_on_no_other(package, name, old, new, changes):
+    before = package()
+    after = package(name, old, new)
+    assert tuple(a != b for a, b in zip(before, after)) == changes
+
+
+def test_a_name_taken_from_the_top_package_counts_as_all_of_it(package):
+    package("findings/stages.py", "return rank(1)", "from influence_kit import anything\n    return anything()")
+    before = package()
+    after = package("reading.py", "z = 1", "z = 2")
+    assert before[0] == after[0] and before[1] != after[1]
+
+
+def test_an_unknown_function_is_refused_when_it_is_named():
+    with pytest.raises(AttributeError, match="no function 'nothing'"):
+        _ = Stage("k", "tests.runner.tiny_stages:nothing").fingerprint

@@ -1,0 +1,239 @@
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+from influence_kit import cli
+from influence_kit.cli import main, select, split, unfold
+from influence_kit.errors import UserError
+from influence_kit.publishing import notebooks
+from influence_kit.runner.stages import Cost
+from tests.publishing.test_notebooks import write_notebook
+from tests.runner.tiny_stages import calls, stage
+
+REPOSITORY = Path(__file__).parents[2]
+CHAPTERS = ["01_growth", "02_more"]
+
+
+class TinyProfile:
+    """What the command line asks of a profile."""
+
+    def __init__(self, name: str, seeds: list[int] | None, real_text: bool):
+        self.name, self.seeds, self.real_text = name, seeds or [0], real_text
+
+    def model_dump(self, mode: str) -> dict:
+        return {"name": self.name, "seeds": self.seeds, "real_text": self.real_text}
+
+
+def load_profile(name: str, seeds: list[int] | None = None, real_text: bool = True) -> TinyProfile:
+    if name not in ("smoke", "laptop"):
+        raise UserError(f"unknown profile {name!r}; there are laptop, smoke")
+    return TinyProfile(name, seeds, real_text)
+
+
+def stages_for(profile: TinyProfile, chapter: str) -> list:
+    shared = [stage("number", f"model {seed}", value=seed, cost=Cost(2)) for seed in profile.seeds]
+    real = [stage("surroundings", "real text")] if profile.real_text and chapter == "02_more" else []
+    return [*shared, stage("total", f"sum {chapter}", dict(enumerate_names(shared)), of=chapter), *real]
+
+
+def enumerate_names(stages):
+    return ((str(number), each) for number, each in enumerate(stages))
+
+
+def no_check(todo) -> None:
+    pass
+
+
+@pytest.fixture
+def kit(tmp_path, monkeypatch):
+    """Two tiny chapters with tiny stages in place of the package's own, in a checkout of their own."""
+    chapters = types.SimpleNamespace(CHAPTERS=CHAPTERS, CHECKS=[no_check], stages_for=stages_for)
+    monkeypatch.setitem(sys.modules, "influence_kit.findings.reads", chapters)
+    profiles = types.SimpleNamespace(load_profile=load_profile)
+    monkeypatch.setitem(sys.modules, "influence_kit.findings.profiles", profiles)
+    folder = tmp_path / "checkout" / "notebooks"
+    folder.mkdir(parents=True)
+    for chapter in CHAPTERS:
+        write_notebook(
+            folder, chapter, "import os", f"open(os.environ['INFLUENCE_KIT_FIGURES'] + '/{chapter}.png', 'w').close()"
+        )
+    monkeypatch.setattr(notebooks, "notebooks_folder", lambda: folder)
+    monkeypatch.setattr(cli, "repository", lambda: folder.parent)
+    return folder.parent
+
+
+# --- words into meaning
+
+
+def test_values_may_be_repeated_listed_or_parted_by_commas():
+    assert unfold(["run", "--only", "03", "05", "--jobs", "2"]) == [
+        "run",
+        "--only",
+        "03",
+        "--only",
+        "05",
+        "--jobs",
+        "2",
+    ]
+    assert unfold(["run", "--only", "03", "--seeds", "0", "1"]) == [
+        "run",
+        "--only",
+        "03",
+        "--seeds",
+        "0",
+        "--seeds",
+        "1",
+    ]
+    assert unfold(["run", "--plan", "-p", "x=1"]) == ["run", "--plan", "-p", "x=1"]
+    assert split(["0,1", "2"]) == ["0", "1", "2"]
+
+
+def test_chapters_are_found_by_number_or_name():
+    chapters = ["00_start_here", "03_heavy_tails", "05_cross_lingual"]
+    assert select([], chapters) == chapters
+    assert select(["05", "00"], chapters) == ["00_start_here", "05_cross_lingual"]
+    assert (
+        select(["03_heavy_tails"], chapters)
+        == select(["notebooks/03_heavy_tails.ipynb"], chapters)
+        == ["03_heavy_tails"]
+    )
+    with pytest.raises(
+        UserError, match="unknown chapter '3'; there are 00_start_here, 03_heavy_tails, 05_cross_lingual"
+    ):
+        select(["3"], chapters)
+
+
+# --- what a user gets wrong ends in one line, exit code 2, before any work
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["run", "--profile", "huge"], "unknown profile 'huge'; there are laptop, smoke"),
+        (["run", "--only", "07"], "unknown chapter '07'; there are 01_growth, 02_more"),
+        (["run", "-p", "sede=1"], "unknown parameter 'sede'; known are"),
+        (["run", "-p", "count=many"], "parameter count of 01_growth takes int (default 3), not 'many'"),
+        (["run", "-p", "count"], "-p takes NAME=VALUE, not 'count'"),
+        (["run", "--seeds", "one"], "--seeds takes whole numbers"),
+        (["run", "--force", "modle"], "--force knows no 'modle'; it takes all, chapter, number, "),
+        (["run", "--jobs", "0"], "--jobs"),
+        (["run", "--bogus"], "No such option: --bogus"),
+        (["flee"], "No such command 'flee'"),
+    ],
+)
+def test_a_wrong_word_is_refused_in_one_line_before_any_work(kit, capfd, words, told):
+    assert main(words) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and told in lines[0]
+    assert calls() == []
+
+
+# --- runs
+
+
+def test_plan_shows_stages_and_does_nothing(kit, capfd):
+    assert main(["run", "--profile", "smoke", "--plan", "--seeds", "0", "1", "--without-real-text", "--jobs", "2"]) == 0
+    shown = capfd.readouterr().out
+    assert [line.split("  ")[0] for line in shown.splitlines()[1:-1]] == [
+        "model 0", "model 1", "sum 01_growth", "sum 02_more", "01_growth", "02_more",
+    ]  # fmt: skip
+    assert "6 to do, 0 cached; on 2 processes" in shown and calls() == []
+
+
+def test_stages_alone_need_no_notebook_package(kit):
+    code = f"""
+import sys, types
+sys.path.insert(0, {str(REPOSITORY)!r})
+from tests.runner import tiny_stages
+def stages_for(profile, chapter):
+    return [tiny_stages.stage("number", value=1)]
+sys.modules["influence_kit.findings.reads"] = types.SimpleNamespace(CHAPTERS=["01"], CHECKS=[], stages_for=stages_for)
+sys.modules["influence_kit.findings.profiles"] = types.SimpleNamespace(load_profile=lambda name, seeds, real_text: None)
+from influence_kit.cli import main
+if __name__ == "__main__":
+    code = main(["stages", "--jobs", "1"])
+    heavy = {{"papermill", "nbformat", "nbclient", "datasets", "matplotlib", "pandas"}} & set(sys.modules)
+    assert not heavy, heavy
+    sys.exit(code)
+"""
+    script = kit / "stages.py"
+    script.write_text(code)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "1 stages made\n"), done.stderr
+    assert calls() == ["number 1", "end 1"]
+
+
+def test_run_executes_chapters_then_finds_all_of_it_done(kit, capfd):
+    words = ["run", "--profile", "smoke", "--without-real-text", "--jobs", "2"]
+    assert main([*words, "-p", "count=4"]) == 0
+    figures = kit / "figures" / "smoke"
+    assert {"01_growth.png", "02_more.png", "verdicts.json", "provenance.json"} <= {
+        path.name for path in figures.iterdir()
+    }
+    executed = (figures / "notebooks" / "01_growth.ipynb").read_text()
+    assert "count = 4" in executed and 'profile = \\"smoke\\"' in executed
+    assert "5 made, 0 from the cache" in capfd.readouterr().out
+    before = calls()
+    assert main([*words, "-p", "count=4"]) == 0
+    assert "0 made, 5 from the cache" in capfd.readouterr().out and calls() == before
+    # Forcing a kind makes it alone again, since it comes out the same.
+    assert main([*words, "-p", "count=4", "--force", "number"]) == 0
+    assert "1 made, 4 from the cache" in capfd.readouterr().out
+    assert json.loads((figures / "verdicts.json").read_text()) == {"claims": [], "figures": []}
+
+
+def test_ctrl_c_ends_with_130_and_leaves_no_process(kit, tmp_path):
+    script = tmp_path / "interrupted.py"
+    script.write_text(f"""
+import sys, types
+sys.path.insert(0, {str(REPOSITORY)!r})
+from tests.runner import tiny_stages
+only = {{"CHAPTERS": ["01"], "CHECKS": [], "stages_for": lambda profile, chapter: [tiny_stages.stage("slow")]}}
+sys.modules["influence_kit.findings.reads"] = types.SimpleNamespace(**only)
+sys.modules["influence_kit.findings.profiles"] = types.SimpleNamespace(load_profile=lambda name, seeds, real_text: None)
+from influence_kit.cli import main
+if __name__ == "__main__":
+    sys.exit(main(["stages"]))
+""")
+    # A suite that runs in the background of a script inherits a Ctrl-C that is ignored.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    deadline = time.monotonic() + 30
+    while not calls():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=20)[1]
+    assert process.returncode == 130 and "interrupted; finished stages are kept" in error
+    worker = int(Path(os.environ["TINY_CALLS"]).read_text().split()[3])
+    assert not Path(f"/proc/{worker}").exists()
+
+
+def test_help_names_every_command(capfd):
+    assert main(["--help"]) == 0
+    shown = capfd.readouterr().out
+    assert all(command in shown for command in ("run", "stages", "test", "doctor"))
+
+
+def test_doctor_gives_each_warning_a_remedy(capfd):
+    assert main(["doctor"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    subjects = ["python", "packages", "disk", "cache", "memory", "cores", "fonts", "apt", "gpu"]
+    assert [line.split(maxsplit=1)[1].split()[0].strip(":") for line in lines] == subjects
+    assert all(line.startswith("ok") or (line.startswith("warn") and line.count(": ") >= 1) for line in lines)
+
+
+def test_test_hands_its_words_to_pytest(kit):
+    shown = subprocess.run(
+        [sys.executable, "-m", "influence_kit", "test", "--version"],
+        cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert shown.returncode == 0 and "pytest" in shown.stdout + shown.stderr
