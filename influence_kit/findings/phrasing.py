@@ -1,0 +1,33 @@
+"""Claims in words, as a chapter's cells say them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from IPython.display import Markdown
+
+    from influence_kit.measures.verdicts import Claim
+
+
+def interval(claim: Claim, spec: str = ".2f") -> str:
+    """What was measured: `0.38 [0.30, 0.45]`."""
+    return f"{claim.measured:{spec}} [{claim.interval[0]:{spec}}, {claim.interval[1]:{spec}}]"
+
+
+def verdict(claim: Claim) -> str:
+    """What became of a claim, and why it is undecided if it is: `**undecided** (<3 seeds)`."""
+    return f"**{claim.status}**" + (f" ({claim.reason})" if claim.reason else "")
+
+
+def said(claim: Claim, spec: str = ".3f") -> str:
+    """A claim in one line: its verdict, its sentence, its number and unit."""
+    return f"{verdict(claim)}: {claim.claim} — {interval(claim, spec)} {claim.unit}".rstrip()
+
+
+def listed(claims: Iterable[Claim], spec: str = ".3f") -> Markdown:
+    """Claims as a list, a line each as in `said`."""
+    from IPython.display import Markdown
+
+    return Markdown("\n".join(f"- {said(claim, spec)}" for claim in claims))
