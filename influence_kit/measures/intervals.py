@@ -289,3 +289,20 @@ def quotient(
 ) -> Estimate:
     """`statistic(a) / statistic(b)` within each seed, averaged over seeds; arguments and errors as in `difference`."""
     return _contrast(a, a_seeds, b, b_seeds, matched_units, statistic, np.divide, level, draws, seed, method, bounds)
+
+
+def estimate_of(rows, columns, statistic: Callable = np.mean, **options) -> Estimate:
+    """`bootstrap` of a column, or of columns together, of a table that has a column `seed`; `options` are those of `bootstrap`."""
+    return bootstrap(rows[columns], rows["seed"], statistic, **options)
+
+
+def difference_of(rows, others, columns, others_columns=None, statistic: Callable = np.mean, **options) -> Estimate:
+    """`difference` of two tables that have a column `seed`, in the same columns unless others are named for the second."""
+    second = columns if others_columns is None else others_columns
+    return difference(rows[columns], rows["seed"], others[second], others["seed"], statistic, **options)
+
+
+def largest_minus_smallest(rows, columns, statistic: Callable = np.mean, **options) -> Estimate:
+    """`difference_of` the rows of the largest model and those of the smallest; the table has columns `seed` and `size`."""
+    largest, smallest = (rows[rows["size"] == size] for size in (rows["size"].max(), rows["size"].min()))
+    return difference_of(largest, smallest, columns, statistic=statistic, **options)

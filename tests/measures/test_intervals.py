@@ -3,11 +3,21 @@
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
 from influence_kit.errors import UserError
-from influence_kit.measures.intervals import Estimate, bootstrap, difference, quotient, ratio_of_means
+from influence_kit.measures.intervals import (
+    Estimate,
+    bootstrap,
+    difference,
+    difference_of,
+    estimate_of,
+    largest_minus_smallest,
+    quotient,
+    ratio_of_means,
+)
 
 
 def nested(rng, seeds: int, units: int, between: float) -> tuple[np.ndarray, np.ndarray]:
@@ -189,3 +199,12 @@ def test_three_seeds_of_200_queries_take_under_a_second():
         start = time.process_time()
         bootstrap(data, seeds, statistic)
         assert time.process_time() - start < 1
+
+
+def test_columns_of_a_table_are_read_with_its_seeds():
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"seed": np.repeat([1, 2, 3], 20), "size": np.tile([8, 4], 30), "x": rng.normal(size=60), "y": rng.random(60)})
+    big, small = table[table["size"] == 8], table[table["size"] == 4]
+    assert estimate_of(table, ["x", "y"], ratio_of_means) == bootstrap(table[["x", "y"]], table["seed"], ratio_of_means)
+    assert difference_of(big, small, "x", "y") == difference(big["x"], big["seed"], small["y"], small["seed"])
+    assert largest_minus_smallest(table, "x") == difference(big["x"], big["seed"], small["x"], small["seed"])
