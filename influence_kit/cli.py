@@ -125,12 +125,12 @@ def run(
     verify: Verify = False,
 ) -> None:
     """Make every stage, execute every chapter, write figures/<profile>/ and the verdicts."""
-    from influence_kit.findings.reads import CHAPTERS, CHECKS, stages_for
+    from influence_kit.findings.discovery import CHECKS, chapter_names, stages_for
     from influence_kit.publishing import notebooks
     from influence_kit.publishing.results import publish, verdict_table
 
     settings = _load(profile, _seeds(split(seeds)), without_real_text)
-    chapters = select(split(only), CHAPTERS)
+    chapters = select(split(only), chapter_names())
     root = notebooks.notebooks_folder().parent
     # A profile of the user's own is a file; chapters are executed at the checkout's root.
     always: dict[str, object] = {"profile": os.path.relpath(profile, root) if "." in profile else profile}
@@ -146,7 +146,7 @@ def run(
     ]
     stages = [stage for execution in executions for stage in execution.inputs.values()] + executions
     began = time.monotonic()
-    made = _make(stages, plan, split(force), CHAPTERS, jobs, verify, CHECKS)
+    made = _make(stages, plan, split(force), chapter_names(), jobs, verify, CHECKS)
     if made is None:
         return
     folder = root / "figures" / settings.name
@@ -168,12 +168,12 @@ def stages(
     verify: Verify = False,
 ) -> None:
     """Make the stages alone, without notebooks: for a machine whose cache folder is carried back afterwards."""
-    from influence_kit.findings.reads import CHAPTERS, CHECKS, stages_for
+    from influence_kit.findings.discovery import CHECKS, chapter_names, stages_for
 
     settings = _load(profile, _seeds(split(seeds)), without_real_text)
-    chapters = select(split(only), CHAPTERS)
+    chapters = select(split(only), chapter_names())
     wanted = [stage for chapter in chapters for stage in stages_for(settings, chapter)]
-    made = _make(wanted, plan, split(force), CHAPTERS, jobs, verify, CHECKS)
+    made = _make(wanted, plan, split(force), chapter_names(), jobs, verify, CHECKS)
     if made is not None:
         print(f"{made} stages made")
 
@@ -182,18 +182,19 @@ def _make(
     stages: list, show: bool, force: list[str], chapters: list[str], jobs: int | None, verify: bool, checks
 ) -> int | None:
     """Show the plan (then None), or check and carry it out: how many stages were made."""
+    from influence_kit.publishing.costs import cost_of
     from influence_kit.runner import plan as planning
     from influence_kit.runner.scheduler import make_all
 
     forced = _check_force(force, stages, chapters)
-    plan = planning.plan(stages, jobs, forced, verify)
+    plan = planning.plan(stages, cost_of, jobs, forced, verify)
     if show:
         print(planning.describe(plan))
         return None
     planning.preflight(plan, checks)
     if plan.todo:
         say(f"{len(plan.todo)} stages to make, about {clock(plan.seconds)} on {plan.jobs} processes")
-    return len(make_all(plan.todo, jobs, forced))
+    return len(make_all(plan.todo, plan.costs, jobs, forced))
 
 
 def _number(meaning: str, kind: Callable = int, least: float = 1) -> typer.models.OptionInfo:

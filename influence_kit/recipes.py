@@ -42,3 +42,8 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 def how_many_together(recipe: Recipe, length: int, vocabulary_size: int) -> int:
     """Number of models that are best trained at once, on sequences of `length` tokens (`referees.retraining.answers`)."""
     return max(1, min(MOST, LOGITS // (recipe.batch_size * length * vocabulary_size)))
+
+
+def tuples(parameters: dict) -> dict:
+    """Parameters as dataclasses take them: JSON's lists become tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in parameters.items()}

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from influence_kit.errors import UserError
-from influence_kit.findings import families as grid
+from influence_kit.findings import families
 from influence_kit.findings.profiles import load_profile
-from influence_kit.findings.trained import Run
+from influence_kit.findings.trained import Trained
 from influence_kit.runner.fingerprint import versions
 from influence_kit.runner.machine import repository
 from influence_kit.runner.stages import Stage
@@ -44,34 +44,34 @@ class Chapter:
         self.claims: list[Claim] = []
         self._stages: dict[str, Stage] = {}
 
-    def planted(self, corpus: str, *arms: str, **choice) -> list[Run]:
+    def planted(self, corpus: str, *arms: str, **choice) -> list[Trained]:
         """Models trained on a planted world: `arms` ("base" by default); `fractions`, `widths`, `seeds` narrow the grid, `extra`
         names further stages to make. An empty list where the profile has no such world."""
-        return self._runs(grid.planted_grid(self.profile, corpus, arms or ("base",), **choice))
+        return self._runs(families.planted_grid(self.profile, corpus, arms or ("base",), **choice))
 
-    def atlas(self, *arms: str, **choice) -> list[Run]:
+    def atlas(self, *arms: str, **choice) -> list[Trained]:
         """Models trained on Atlas, chosen as in `planted`."""
         return self.planted("atlas", *arms, **choice)
 
-    def ladder(self, *arms: str, **choice) -> list[Run]:
+    def ladder(self, *arms: str, **choice) -> list[Trained]:
         """Models trained on Ladder, chosen as in `planted`."""
         return self.planted("ladder", *arms, **choice)
 
-    def cast(self, *arms: str, **choice) -> list[Run]:
+    def cast(self, *arms: str, **choice) -> list[Trained]:
         """Models trained on Cast, chosen as in `planted`."""
         return self.planted("cast", *arms, **choice)
 
-    def text(self, **choice) -> list[Run]:
+    def text(self, **choice) -> list[Trained]:
         """Models trained on real text (`section="little_text"`: the small family); an empty list in a run without it."""
-        return self._runs(grid.text_grid(self.profile, **choice))
+        return self._runs(families.text_grid(self.profile, **choice))
 
-    def dialogue(self, *arms: str, **choice) -> list[Run]:
+    def dialogue(self, *arms: str, **choice) -> list[Trained]:
         """Models trained on spoken lines, chosen as in `planted`; an empty list in a run without real text."""
-        return self._runs(grid.dialogue_grid(self.profile, arms or ("base",), **choice))
+        return self._runs(families.dialogue_grid(self.profile, arms or ("base",), **choice))
 
-    def _runs(self, trained: list[grid.Trained]) -> list[Run]:
+    def _runs(self, trained: list[families.Planned]) -> list[Trained]:
         self._stages |= {stage.fingerprint: stage for one in trained for stage in one.stages}
-        return [Run(one) for one in trained]
+        return [Trained(one) for one in trained]
 
     @property
     def provenance(self) -> dict:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +18,8 @@ from influence_kit.corpora.worlds.deep import Deep
 from influence_kit.corpora.worlds.ladder import Ladder
 from influence_kit.corpora.worlds.procedures import Procedures
 from influence_kit.errors import UserError
-from influence_kit.findings import stages
-from influence_kit.findings.stages import tuples
-from influence_kit.recipes import ARCHITECTURES, Recipe
+from influence_kit.findings.extras import extras
+from influence_kit.recipes import ARCHITECTURES, Recipe, tuples
 
 FOLDER = Path(__file__).parent / "profiles"
 # The worlds with planted truth, by the name of their section in a profile, which is also that of their stage.
@@ -69,7 +67,7 @@ class Family(_Strict):
         return self
 
 
-class Scan(_Strict):
+class ScanSettings(_Strict):
     """How a model is scored: sequences for the factors and for the scan, damping, tracked layers, extra checkpoints."""
 
     fit: int = Field(3000, ge=1)
@@ -96,15 +94,15 @@ class _Grid(_Strict):
 
     world: dict[str, Any] = {}
     family: Family
-    scan: Scan = Scan()
+    scan: ScanSettings = ScanSettings()
     extra: dict[str, dict[str, Any]] = {}
 
     @field_validator("extra")
     @classmethod
     def _made_by_stages(cls, extra: dict[str, dict[str, Any]]):
         for kind in extra:
-            if not kind.isidentifier() or find_spec(f"{stages.__name__}.{kind}") is None:
-                raise ValueError(f"extra: there is no stage {kind!r} in {stages.__name__}")
+            if kind not in extras():
+                raise ValueError(f"extra: no finding makes a stage {kind!r}; known are {', '.join(sorted(extras()))}")
         return extra
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from influence_kit.errors import UserError
-from influence_kit.findings.families import END, Trained, dialogue_grid, planted_grid, text_grid
+from influence_kit.findings.families import END, dialogue_grid, planted_grid, text_grid
+from influence_kit.findings.families import Planned as Trained
 from influence_kit.findings.profiles import PlantedGrid, Profile
 from influence_kit.runner.stages import Stage
 

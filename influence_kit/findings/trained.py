@@ -13,7 +13,7 @@ import numpy as np
 
 from influence_kit.corpora.world import World, batch_of
 from influence_kit.errors import UserError
-from influence_kit.findings import families as grid
+from influence_kit.findings import families
 from influence_kit.runner.machine import threads
 from influence_kit.runner.stages import ensure
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Scan:
+class Scanned:
     """The scores of one checkpoint: `scores.values` [Q, N]; rows [N] and queries [Q] are positions in the world's tables."""
 
     scores: Scores
@@ -50,41 +50,48 @@ class Scan:
         return self.scores.cosine.numpy()
 
 
+Scan = Scanned  # TRANSITION
+
+
 @lru_cache(maxsize=4)
 def _world(folder: Path) -> World:
     return World.load(folder)
 
 
 @dataclass(frozen=True)
-class Run:
+class Trained:
     """One trained model of the grid and everything known of it; computed on first use, then read from the cache."""
 
-    trained: grid.Trained
+    planned: families.Planned
+
+    @property
+    def trained(self):  # TRANSITION
+        return self.planned
 
     def __getattr__(self, name: str):
         if name in ("corpus", "arm", "seed"):
-            return getattr(self.trained, name)
-        raise AttributeError(f"Run has no attribute {name!r}")
+            return getattr(self.planned, name)
+        raise AttributeError(f"Trained has no attribute {name!r}")
 
     @property
     def width(self) -> int:
         """Width of the model."""
-        return self.trained.size.width
+        return self.planned.size.width
 
     @property
     def fractions(self) -> list[float]:
         """The fractions of training at which this model is scored."""
-        return sorted(self.trained.influence)
+        return sorted(self.planned.influence)
 
     @property
     def world(self) -> World:
         """The corpus it was trained on."""
-        return _world(ensure(self.trained.world))
+        return _world(ensure(self.planned.world))
 
     @cached_property
     def losses(self) -> dict:
         """steps, non_embedding_parameters, and the curves: step, train, held_out_step, held_out (nats a token)."""
-        return json.loads((ensure(self.trained.model) / "losses.json").read_text())
+        return json.loads((ensure(self.planned.model) / "losses.json").read_text())
 
     @property
     def parameters(self) -> int:
@@ -96,7 +103,7 @@ class Run:
         """Every query at every kept checkpoint: fraction, log_p (nats), correct, and the query's planted columns."""
         import pandas
 
-        answers = pandas.read_parquet(ensure(self.trained.model) / "answers.parquet")
+        answers = pandas.read_parquet(ensure(self.planned.model) / "answers.parquet")
         planted = self.world.queries.drop_columns(["input_ids", "loss_mask"]).to_pandas()
         answers["fraction"] = answers["step"] / self.losses["steps"]
         return answers.join(planted, on="query")
@@ -106,7 +113,7 @@ class Run:
         steps = np.array(self.losses["held_out_step"])
         return self.losses["held_out"][int(np.abs(steps - fraction * self.losses["steps"]).argmin())]
 
-    def scan(self, fraction: float = 1.0, kind: str | None = "fact") -> Scan:
+    def scan(self, fraction: float = 1.0, kind: str | None = "fact") -> Scanned:
         """The influence scores at a fraction of training; kind: which of Atlas's queries, "fact", "canary" or None for both.
 
         Other worlds ask one kind of query, which all come whatever `kind` says.
@@ -115,7 +122,7 @@ class Run:
 
         from influence_kit.engine.scores import Scores
 
-        found = load_file(ensure(self.trained.influence[fraction]) / "scores.safetensors")
+        found = load_file(ensure(self.planned.influence[fraction]) / "scores.safetensors")
         queries = found["queries"].numpy()
         if self.corpus in ("atlas", "little_atlas") and kind is not None:
             kinds = self.world.queries["kind"].to_numpy(zero_copy_only=False)[queries]
@@ -126,26 +133,26 @@ class Run:
             found |= {name: found[name][chosen] for name in ("values", "query_norm")}
         size = self.world.sequences.num_rows
         scores = Scores(found["values"], found["self_influence"], found["query_norm"], (), size)
-        return Scan(scores, found["rows"].numpy(), queries)
+        return Scanned(scores, found["rows"].numpy(), queries)
 
     def extra(self, kind: str, fraction: float = 1.0) -> Path:
         """The folder that a stage of this kind wrote about the scan at a fraction; asked for by `extra=` when the models were."""
-        if (kind, fraction) not in self.trained.extra:
-            made = ", ".join(f"{kind} at {f:g}" for kind, f in self.trained.extra) or "none"
+        if (kind, fraction) not in self.planned.extra:
+            made = ", ".join(f"{kind} at {f:g}" for kind, f in self.planned.extra) or "none"
             raise UserError(f"no {kind!r} was made at {fraction:g} of training, only {made}: name it in the profile's `extra`")
-        return ensure(self.trained.extra[kind, fraction])
+        return ensure(self.planned.extra[kind, fraction])
 
     def model(self, fraction: float = 1.0) -> nn.Module:
         """The model at a kept checkpoint."""
         from influence_kit.models import load
 
-        return load(ensure(self.trained.model), fraction)
+        return load(ensure(self.planned.model), fraction)
 
     def factors(self, fraction: float = 1.0) -> Factors:
         """The EK-FAC factors that the scan used."""
         from influence_kit.engine.factors import Factors
 
-        return Factors.load(ensure(self.trained.influence[fraction]) / "factors.safetensors")
+        return Factors.load(ensure(self.planned.influence[fraction]) / "factors.safetensors")
 
     def card(
         self,
@@ -172,7 +179,7 @@ class Run:
         positions = [row.sequence for row in ranked]
         chosen = batch_of(world.sequences, scan.rows[positions])
         with threads(1, True):
-            damping = self.trained.influence[fraction].parameters["damping"]
+            damping = self.planned.influence[fraction].parameters["damping"]
             tokens = token_scores(
                 self.model(fraction), self.factors(fraction), batch_of(world.queries, [asked]), chosen, damping
             )
@@ -206,18 +213,18 @@ class Run:
         return query_card(pieces[1:start], pieces[start:], rows, k=k, title=title, joiner=joiner, alignment="predicted")
 
 
-def paired(base: Iterable[Run], others: Iterable[Run]) -> list[tuple[Run, Run]]:
+def paired(base: Iterable[Trained], others: Iterable[Trained]) -> list[tuple[Trained, Trained]]:
     """Each of the other runs beside the base run of its corpus, size and seed: what a changed corpus did to that model.
 
     Both were asked the same queries, so that their `answers` agree row by row but for what the model says (the columns that
     a world plants in queries, `treated` say, are those of each run's own world). Raises UserError where a base run is
     missing or was asked something else.
     """
-    known = {(run.corpus, run.trained.size, run.seed): run for run in base}
+    known = {(run.corpus, run.planned.size, run.seed): run for run in base}
     pairs = []
     for run in others:
-        name = f"{run.corpus} {run.arm} {run.width}x{run.trained.size.depth}, seed {run.seed}"
-        found = known.get((run.corpus, run.trained.size, run.seed))
+        name = f"{run.corpus} {run.arm} {run.width}x{run.planned.size.depth}, seed {run.seed}"
+        found = known.get((run.corpus, run.planned.size, run.seed))
         if found is None:
             raise UserError(f"{name} has no base run of its size and seed: ask for the same widths and seeds in both")
         asked = [one.world.queries.select(["input_ids", "loss_mask"]) for one in (found, run)]

@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from influence_kit.errors import UserError
-from influence_kit.runner.fingerprint import package_digest
+from influence_kit.runner.fingerprint import cells_digest
 from influence_kit.runner.machine import cache_root, repository
-from influence_kit.runner.stages import Cost, Progress, Stage
+from influence_kit.runner.stages import Progress, Stage
 
 # Raise it when the executed copies should come out otherwise: the machinery's source is no part of a fingerprint.
 FORMAT = 1
@@ -28,7 +28,6 @@ LIBRARIES = (
     "scipy", "seaborn", "tokenizers", "torch", "transformers",
 )  # fmt: skip
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
-COST = Cost(seconds=30, memory_bytes=1_500_000_000, disk_bytes=5_000_000)
 TYPES = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "list": (list,), "tuple": (list,),
          "dict": (dict,), "None": (type(None),)}  # fmt: skip
 
@@ -122,22 +121,26 @@ def _value(chapter: str, parameter: Mapping[str, str], text: str) -> object:
 def chapter_stage(path: Path, given: Mapping[str, object], profile: Mapping, stages: Iterable[Stage]) -> Stage:
     """The stage that executes a notebook.
 
-    It depends on the notebook's cells, its parameters, the profile's content, the whole package (a cell can reach any of
-    it) and the stages that the chapter reads.
+    It depends on the notebook's cells, the code that they can reach, its parameters, the profile's content and the stages that
+    the chapter reads.
     """
+    cells = read_cells(path)
+    try:
+        code = cells_digest(source for kind, source, _ in cells if kind == "code")
+    except SyntaxError as error:
+        raise UserError(f"{path}: its code cells are not plain Python ({error.msg}: {(error.text or '').strip()!r})") from error
     return Stage(
         kind="chapter",
-        function="influence_kit.publishing.notebooks:execute",
+        function=execute,
         parameters={
             "format": FORMAT,
             "chapter": path.stem,
-            "cells": read_cells(path),
+            "cells": cells,
             "given": dict(given),
             "profile": dict(profile),
-            "package": package_digest(),
+            "code": code,
         },
         inputs={stage.fingerprint[:16]: stage for stage in stages},
-        cost=COST,
         label=path.stem,
         libraries=LIBRARIES,
     )

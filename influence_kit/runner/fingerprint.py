@@ -1,10 +1,17 @@
-"""What a stage depends on, as one hash: source, parameters, inputs, libraries. No path, no host, no clock."""
+"""What a stage depends on, as one hash: source, parameters, inputs, libraries. No path, no host, no clock.
+
+Source is read, not run. From a function the names that it uses are followed through the modules of the package, definition
+by definition: a change counts exactly for those whose code can reach it.
+"""
+
+from __future__ import annotations
 
 import ast
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -12,12 +19,14 @@ from pathlib import Path
 PACKAGE = "influence_kit"
 PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 
-# The machinery moves files and processes about and never changes a number, so an edit to it makes nothing again.
-_ROOMS = {"runner": ("stages", "doctor", "fingerprint", "machine", "plan", "scheduler", "workers"), "publishing": ("notebooks", "results", "readme")}
-MACHINERY = frozenset({f"{PACKAGE}.__main__", f"{PACKAGE}.cli", *(f"{PACKAGE}.{room}.{name}" for room, names in _ROOMS.items() for name in names)})
+# Rooms that move files and processes about and never change a number: an edit to them makes nothing again.
+MACHINERY = (f"{PACKAGE}.runner", f"{PACKAGE}.publishing", f"{PACKAGE}.cli", f"{PACKAGE}.__main__")
 
 # Names through which code can reach what a reading of its names cannot see.
 OPAQUE = frozenset({"globals", "vars", "eval", "exec", "__import__"})
+LAZY = "_HOME"  # a package's table of names that it imports on first use: name -> module below the package
+
+Target = tuple[str, str | None]  # a module, and a name in it; None: all of the module
 
 
 def digest(content: object) -> str:
@@ -38,49 +47,88 @@ def versions(libraries: Iterable[str]) -> dict[str, str]:
     return {name: version(name) for name in sorted(libraries)}
 
 
-def canonical(node: object) -> str:
-    """A syntax tree as text that no comment, blank line, docstring, position or Python version changes."""
-    if isinstance(node, ast.AST):
-        fields = [
-            f"{name}={canonical(value)}"
-            for name, value in ast.iter_fields(node)
-            if value is not None and value != [] and name not in ("ctx", "kind", "type_comment", "type_ignores")
-        ]
-        return f"{type(node).__name__}({','.join(fields)})"
-    if isinstance(node, list):
-        return f"[{','.join(map(canonical, node))}]"
-    return repr(node)
+def name_of(function: Callable) -> str:
+    """ "module:name" of a function at the top of a module."""
+    return f"{function.__module__}:{function.__qualname__}"
 
 
-def _is_docstring(statement: ast.stmt) -> bool:
-    return (
-        isinstance(statement, ast.Expr)
-        and isinstance(statement.value, ast.Constant)
-        and isinstance(statement.value.value, str)
-    )
+@cache
+def source_digest(function: str) -> str:
+    """Hash of the code that a function ("module:name") can reach; nothing for one of the machinery.
+
+    Definitions are followed by name, also through imports inside functions; a class counts whole, a module that is used
+    otherwise than by `module.name` counts whole, and so does one that names come out of in ways that no reading sees
+    (OPAQUE). What a module does at import without binding a name counts wherever the module is reached, and so
+    do its packages. Held for the life of the process, like loaded code.
+
+    Raises:
+        ModuleNotFoundError, AttributeError: there is no such function.
+    """
+    module, _, name = function.partition(":")
+    if _is_machinery(module):
+        return digest({})
+    if name not in _read(module).definitions:
+        raise AttributeError(f"module {module} has no function {name!r}")
+    return _digest_of([(module, name)])
 
 
-def _is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+def cells_digest(cells: Iterable[str]) -> str:
+    """Hash of the package's code that a notebook's code cells can reach; Python that cannot be parsed raises SyntaxError."""
+    scope = _scope_of(_parse("\n".join(cells)), "", "")
+    return _digest_of(target for part in scope.body for target in _uses(part, scope))
 
 
-class _Tidy(ast.NodeTransformer):
-    """Drops bare strings (docstrings among them) and blocks that only a type checker reads."""
+def _digest_of(targets: Iterable[Target]) -> str:
+    """Hash of the statements that these targets need, and those what they name, and so on."""
+    reached: dict[str, set[int]] = {}
+    waiting, seen = list(targets), set[Target]()
+    while waiting:
+        target = waiting.pop()
+        module, name = target
+        if target in seen or _is_machinery(module) or not _is_ours(module):
+            continue
+        seen.add(target)
+        scope = _read(module)
+        if name in scope.definitions:
+            found = [*scope.effects, *scope.definitions[name]]
+        elif name in scope.imports:  # handed on from another module
+            found = scope.effects
+            waiting.append(scope.imports[name])
+        else:
+            found = list(range(len(scope.body)))
+            waiting.extend(scope.imports.values())
+        new = set(found) - reached.setdefault(module, set())
+        reached[module] |= new
+        for position in new:
+            waiting.extend(_uses(scope.body[position], scope))
+        parents = module.split(".")[:-1]
+        for depth in range(2, len(parents) + 1):  # importing a module runs its packages
+            parent = ".".join(parents[:depth])
+            waiting.extend((parent, None) for _ in _read(parent).effects)
+    return digest({m: [canonical(_read(m).body[i]) for i in sorted(found)] for m, found in reached.items() if found})
 
-    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
-        return None if _is_docstring(node) else self.generic_visit(node)
 
-    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt] | None:
-        if not _is_type_checking(node):
-            return self.generic_visit(node)
-        return [kept for statement in node.orelse if (kept := self.visit(statement)) is not None]
+@dataclass(frozen=True)
+class _Scope:
+    """A module as it is read: its statements, which of them define or import which name, and which bind none."""
+
+    module: str
+    body: list[ast.stmt]
+    definitions: dict[str, list[int]]
+    imports: dict[str, Target]
+    effects: list[int]
 
 
-def parse(source: str) -> ast.Module:
-    """The tree of a module's source, without docstrings and type-checking blocks."""
-    tree = _Tidy().visit(ast.parse(source))
-    assert isinstance(tree, ast.Module)
-    return tree
+def _is_machinery(module: str) -> bool:
+    return any(module == room or module.startswith(f"{room}.") for room in MACHINERY)
+
+
+def _is_ours(module: str) -> bool:
+    """Whether the module is one of the package's, or (a stage of somebody's own) was asked for by name."""
+    return module.split(".")[0] == PACKAGE or module in _asked
+
+
+_asked: set[str] = set()
 
 
 @cache
@@ -96,118 +144,133 @@ def _location(module: str) -> Path | None:
 
 
 @cache
-def _tree(module: str) -> ast.Module:
+def _read(module: str) -> _Scope:
     path = _location(module)
     if path is None:
         raise ModuleNotFoundError(f"no source found for module {module!r}, which a stage's function names")
-    return parse(path.read_text(encoding="utf-8"))
+    _asked.add(module)
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    return _scope_of(_parse(path.read_text(encoding="utf-8")), module, package)
 
 
-def _imported(nodes: Iterable[ast.AST], module: str) -> Iterator[str]:
-    """Modules of the package that these nodes import, or name in a string ("influence_kit.models:train")."""
+def _scope_of(tree: ast.Module, module: str, package: str) -> _Scope:
+    definitions: dict[str, list[int]] = {}
+    imports: dict[str, Target] = {}
+    effects = []
+    for position, statement in enumerate(tree.body):
+        imported = dict(_imported(statement, package))
+        bound = _bound(statement) | set(imported)
+        for name in bound - set(imported):
+            definitions.setdefault(name, []).append(position)
+        imports |= imported
+        if not bound and not isinstance(statement, ast.Import | ast.ImportFrom):
+            effects.append(position)
+        if LAZY in bound and isinstance(statement, ast.Assign):
+            homes = ast.literal_eval(statement.value)
+            imports |= {name: (f"{package}.{home}", name) for name, home in homes.items()}
+    return _Scope(module, tree.body, definitions, imports, effects)
 
-    def known(name: str) -> bool:
-        return name.split(".")[0] == PACKAGE and _location(name) is not None
 
-    path = _location(module)
-    package = module if path is not None and path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in (inner for outer in nodes for inner in ast.walk(outer)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if known(alias.name))
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+def _imported(node: ast.AST, package: str) -> Iterator[tuple[str, Target]]:
+    """Local names of the package's modules and definitions that an import binds."""
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Import):
+            for alias in inner.names:
+                if alias.name.split(".")[0] == PACKAGE:
+                    yield (alias.asname or PACKAGE), (alias.name if alias.asname else PACKAGE, None)
+        elif isinstance(inner, ast.ImportFrom):
+            base = inner.module or ""
+            if inner.level:
+                above = package.split(".")[: len(package.split(".")) - inner.level + 1]
                 base = ".".join([*above, base] if base else above)
-            for alias in node.names:
-                yield from (name for name in (f"{base}.{alias.name}",) if known(name))
-            if known(base) and any(not known(f"{base}.{alias.name}") for alias in node.names):
-                yield base
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            name = node.value.split(":")[0]
-            if name.startswith(f"{PACKAGE}.") and known(name):
-                yield name
+            if base.split(".")[0] != PACKAGE and base not in _asked:
+                continue
+            for alias in inner.names:
+                whole = f"{base}.{alias.name}"
+                target = (whole, None) if _location(whole) else (base, None if alias.name == "*" else alias.name)
+                yield alias.asname or alias.name, target
 
 
 def _bound(statement: ast.stmt) -> set[str]:
-    """Names that a module's statement defines."""
+    """Names that a module's statement defines, imports apart."""
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {statement.name}
     names: set[str] = set()
-    nodes = [statement] if isinstance(statement, ast.FunctionDef | ast.ClassDef) else list(ast.walk(statement))
-    for node in nodes:
+    for node in ast.walk(statement):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            names.update((alias.asname or alias.name).split(".")[0] for alias in node.names)
         elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
             names.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names.update((alias.asname or alias.name).split(".")[0] for alias in node.names)
     return names
 
 
-def _reached(tree: ast.Module, function: str) -> list[ast.stmt]:
-    """The statements of a module that one of its functions needs: what it names, what those name, and so on.
-
-    A module of many stages would otherwise train every model again for an edit to the scoring stage beside it.
-    """
-    bound = {position: _bound(statement) for position, statement in enumerate(tree.body)}
-    if not any(function in names for names in bound.values()):
-        raise AttributeError(f"the module has no function {function!r}")
-    # Statements that bind nothing (a call at import, say) act on the whole module.
-    kept = {position for position, names in bound.items() if not names}
-    wanted, seen = {function}, set[str]()
-    for position in kept:
-        wanted |= {node.id for node in ast.walk(tree.body[position]) if isinstance(node, ast.Name)}
-    while wanted:
-        name = wanted.pop()
-        seen.add(name)
-        if name in OPAQUE:
-            return tree.body
-        for position, names in bound.items():
-            if position not in kept and (name in names or "*" in names):
-                kept.add(position)
-                statement = tree.body[position]
-                wanted |= {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)} - seen
-    return [tree.body[position] for position in sorted(kept)]
-
-
-@cache
-def source_digest(function: str) -> str:
-    """Hash of the code that a function ("module:name") can reach.
-
-    That is: the statements of its own module that it needs, and the whole of every module of the package that these
-    import (inside functions too), and so on; never the machinery (MACHINERY). Packages on the way to a module count
-    too; a name taken from the top one counts as the whole package. Held for the life of the process, like loaded code.
-
-    Raises ModuleNotFoundError or AttributeError when there is no such function.
-    """
-    module, _, name = function.partition(":")
-    texts: dict[str, str] = {}
-    waiting: list[str] = []
-    if module not in MACHINERY:
-        statements = _reached(_tree(module), name)
-        texts[function] = canonical(statements)
-        waiting.extend(_imported(statements, module))
-    while waiting:
-        current = waiting.pop()
-        if current in texts or current in MACHINERY:
+def _uses(statement: ast.stmt, scope: _Scope) -> Iterator[Target]:
+    """What a statement names: definitions of its own module, and what its imports lead to."""
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        return
+    package = scope.module if _is_package(scope.module) else scope.module.rpartition(".")[0]
+    known = scope.imports | dict(_imported(statement, package))
+    through: set[int] = set()  # what stands before a dot, by identity: `module.name` reaches no more than the name
+    for node in ast.walk(statement):  # outer attributes come before inner ones
+        if not isinstance(node, ast.Attribute) or id(node) in through:
             continue
-        if current == PACKAGE:
-            # The top package resolves names on first use: whoever asks it for a name could reach any module.
-            texts[current] = package_digest()
-            continue
-        texts[current] = canonical(_tree(current))
-        waiting.extend(_imported([_tree(current)], current))
-        parents = current.split(".")[:-1]
-        waiting.extend(".".join(parents[:depth]) for depth in range(2, len(parents) + 1))
-    return digest(texts)
+        chain, inner = [node.attr], node.value
+        links = [id(inner)]
+        while isinstance(inner, ast.Attribute):
+            chain, inner = [inner.attr, *chain], inner.value
+            links.append(id(inner))
+        if isinstance(inner, ast.Name) and known.get(inner.id, ("", ""))[1] is None:
+            through.update(links)
+            module = known[inner.id][0]
+            while chain and _location(f"{module}.{chain[0]}"):
+                module, chain = f"{module}.{chain[0]}", chain[1:]
+            yield module, (chain[0] if chain else None)
+    for node in ast.walk(statement):
+        if isinstance(node, ast.Name) and id(node) not in through:
+            if node.id in OPAQUE and scope.module:
+                yield scope.module, None
+            elif node.id in known:
+                yield known[node.id]
+            elif scope.module and node.id in scope.definitions:
+                yield scope.module, node.id
 
 
-@cache
-def package_digest() -> str:
-    """Hash of the whole package's code but the machinery: what a notebook's cells could reach."""
-    texts = {}
-    for path in sorted(PACKAGE_FOLDER.rglob("*.py")):
-        parts = path.relative_to(PACKAGE_FOLDER.parent).with_suffix("").parts
-        module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        if module not in MACHINERY:
-            texts[module] = canonical(parse(path.read_text(encoding="utf-8")))
-    return digest(texts)
+def _is_package(module: str) -> bool:
+    path = _location(module) if module else None
+    return path is not None and path.name == "__init__.py"
+
+
+def canonical(node: object) -> str:
+    """A syntax tree as text that no comment, blank line, docstring, position or Python version changes."""
+    if isinstance(node, ast.AST):
+        fields = [
+            f"{name}={canonical(value)}"
+            for name, value in ast.iter_fields(node)
+            if value is not None and value != [] and name not in ("ctx", "kind", "type_comment", "type_ignores")
+        ]
+        return f"{type(node).__name__}({','.join(fields)})"
+    if isinstance(node, list):
+        return f"[{','.join(map(canonical, node))}]"
+    return repr(node)
+
+
+class _Tidy(ast.NodeTransformer):
+    """Drops bare strings (docstrings among them) and blocks that only a type checker reads."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        bare = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if bare else self.generic_visit(node)
+
+    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt] | None:
+        if "TYPE_CHECKING" not in ast.dump(node.test):
+            return self.generic_visit(node)
+        return [kept for statement in node.orelse if (kept := self.visit(statement)) is not None]
+
+
+def _parse(source: str) -> ast.Module:
+    """The tree of a module's source, without docstrings and type-checking blocks."""
+    tree = _Tidy().visit(ast.parse(source))
+    assert isinstance(tree, ast.Module)
+    return tree

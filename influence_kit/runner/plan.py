@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from influence_kit.errors import UserError
 from influence_kit.runner.machine import cache_root, cores, free_disk, total_memory
 from influence_kit.runner.scheduler import chain_seconds, clock, needed
-from influence_kit.runner.stages import Stage
+from influence_kit.runner.stages import Cost, Stage
 
 # Files other than stages' own (logs, checkpoints of unfinished stages) and estimates that fall short.
 DISK_MARGIN = 1.2
@@ -14,10 +14,11 @@ DISK_MARGIN = 1.2
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages a run looks at, those it will make (by fingerprint, inputs first), and what that takes."""
+    """The stages a run looks at, those it will make and what each takes (by fingerprint, inputs first), and all together."""
 
     stages: list[Stage]
     todo: dict[str, Stage]
+    costs: dict[str, Cost]
     jobs: int
 
     @property
@@ -25,29 +26,33 @@ class Plan:
         """Estimated time on `jobs` processes: no less than the work shared out, nor than the longest chain."""
         if not self.todo:
             return 0.0
-        work = sum(stage.cost.seconds * min(stage.threads, self.jobs) for stage in self.todo.values())
-        return max(work / self.jobs, max(chain_seconds(self.todo).values()))
+        work = sum(self.costs[key].seconds * min(stage.threads, self.jobs) for key, stage in self.todo.items())
+        return max(work / self.jobs, max(chain_seconds(self.todo, self.costs).values()))
 
     @property
     def memory_bytes(self) -> int:
         """Estimated memory when the largest stages run at the same time."""
-        return sum(sorted((stage.cost.memory_bytes for stage in self.todo.values()), reverse=True)[: self.jobs])
+        return sum(sorted((cost.memory_bytes for cost in self.costs.values()), reverse=True)[: self.jobs])
 
     @property
     def disk_bytes(self) -> int:
         """Estimated disk of all that is to be made."""
-        return sum(stage.cost.disk_bytes for stage in self.todo.values())
+        return sum(cost.disk_bytes for cost in self.costs.values())
 
 
 def plan(
-    stages: Iterable[Stage], jobs: int | None = None, force_kinds: Collection[str] = (), verify: bool = False
+    stages: Iterable[Stage],
+    cost_of: Callable[[Stage], Cost],
+    jobs: int | None = None,
+    force_kinds: Collection[str] = (),
+    verify: bool = False,
 ) -> Plan:
-    """Look at the cache: which of these stages, and of their inputs, are to be made."""
+    """Look at the cache: which of these stages, and of their inputs, are to be made, and what `cost_of` says that it takes."""
     stages = list({stage.fingerprint: stage for stage in stages}.values())
     todo = needed(stages, force_kinds, verify)
     listed = {stage.fingerprint for stage in stages}
     below = [stage for key, stage in todo.items() if key not in listed]
-    return Plan(below + stages, todo, jobs or cores())
+    return Plan(below + stages, todo, {key: cost_of(stage) for key, stage in todo.items()}, jobs or cores())
 
 
 def preflight(plan: Plan, checks: Iterable[Callable[[list[Stage]], None]] = ()) -> None:
@@ -75,10 +80,10 @@ def preflight(plan: Plan, checks: Iterable[Callable[[list[Stage]], None]] = ()) 
             f"needs about {need / 1e9:.1f} GB in {root}, {free / 1e9:.1f} GB free: set INFLUENCE_KIT_CACHE to a folder "
             "on a larger disk or free space there"
         )
-    largest = max(plan.todo.values(), key=lambda stage: stage.cost.memory_bytes)
-    if largest.cost.memory_bytes > total_memory():
+    largest = max(plan.todo, key=lambda key: plan.costs[key].memory_bytes)
+    if plan.costs[largest].memory_bytes > total_memory():
         raise UserError(
-            f"stage {largest.name} needs about {largest.cost.memory_bytes / 1e9:.1f} GB of memory, this machine has "
+            f"stage {plan.todo[largest].name} needs about {plan.costs[largest].memory_bytes / 1e9:.1f} GB of memory, this machine has "
             f"{total_memory() / 1e9:.1f} GB: choose a smaller profile"
         )
     for check in checks:
@@ -90,9 +95,9 @@ def describe(plan: Plan) -> str:
     width = max([len(stage.name) for stage in plan.stages] + [len("stage")])
     lines = [f"{'stage':<{width}}  {'state':<6}  {'time':>8}  {'memory':>8}  {'disk':>8}"]
     for stage in plan.stages:
-        todo, cost = stage.fingerprint in plan.todo, stage.cost
-        numbers = [clock(cost.seconds), size(cost.memory_bytes), size(cost.disk_bytes)] if todo else ["", "", ""]
-        state = "to do" if todo else "cached"
+        cost = plan.costs.get(stage.fingerprint)
+        numbers = [clock(cost.seconds), size(cost.memory_bytes), size(cost.disk_bytes)] if cost else ["", "", ""]
+        state = "to do" if cost else "cached"
         lines.append(f"{stage.name:<{width}}  {state:<6}  " + "  ".join(f"{number:>8}" for number in numbers).rstrip())
     cached = len(plan.stages) - len(plan.todo)
     lines.append(

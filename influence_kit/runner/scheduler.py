@@ -14,7 +14,7 @@ from typing import TextIO
 
 from influence_kit.errors import UserError
 from influence_kit.runner.machine import cores, free_memory, say
-from influence_kit.runner.stages import Stage, is_made
+from influence_kit.runner.stages import Cost, Stage, is_made
 from influence_kit.runner.workers import Report, work
 
 OUT_OF_MEMORY = 137  # what a shell reports for a process killed by signal 9
@@ -71,35 +71,27 @@ def needed(stages: Iterable[Stage], force_kinds: Collection[str] = (), verify: b
     return found
 
 
-def chain_seconds(stages: Mapping[str, Stage]) -> dict[str, float]:
+def chain_seconds(stages: Mapping[str, Stage], costs: Mapping[str, Cost]) -> dict[str, float]:
     """For each stage (given inputs first) the estimated seconds of the longest chain that begins with it."""
-    longest = {key: stage.cost.seconds for key, stage in stages.items()}
+    longest = {key: costs[key].seconds for key in stages}
     for stage in reversed(list(stages.values())):
         for below in stage.inputs.values():
             if below.fingerprint in longest:
-                candidate = below.cost.seconds + longest[stage.fingerprint]
+                candidate = costs[below.fingerprint].seconds + longest[stage.fingerprint]
                 longest[below.fingerprint] = max(longest[below.fingerprint], candidate)
     return longest
 
 
-def run_stages(
-    stages: Iterable[Stage],
-    jobs: int | None = None,
-    force_kinds: Collection[str] = (),
-    verify: bool = False,
-    stream: TextIO | None = None,
-) -> list[Stage]:
-    """Make the stages that are not there yet; return those made, in the order they were finished. See `make_all`."""
-    return make_all(needed(stages, force_kinds, verify), jobs, force_kinds, stream)
-
-
 def make_all(
     todo: Mapping[str, Stage],
+    costs: Mapping[str, Cost] | None = None,
     jobs: int | None = None,
     force_kinds: Collection[str] = (),
     stream: TextIO | None = None,
 ) -> list[Stage]:
     """Make the stages of `needed`, on `jobs` processes (default: the cores), with a live line on `stream` (stderr).
+
+    costs: estimates by fingerprint, which decide what starts first and what fits into memory together; none: nothing is known.
 
     When one fails, those already running finish and nothing more starts.
     Raises UserError as a stage raised it, RunFailed (exit code 1; 137 when killed or out of memory) otherwise.
@@ -107,7 +99,8 @@ def make_all(
     if not todo:
         return []
     forced = {key for key, stage in todo.items() if is_forced(stage, force_kinds)}
-    run = _Run(dict(todo), forced, min(jobs or cores(), len(todo)), stream or sys.stderr)
+    known = {key: (costs or {}).get(key, Cost()) for key in todo}
+    run = _Run(dict(todo), known, forced, min(jobs or cores(), len(todo)), stream or sys.stderr)
     try:
         run.loop()
     finally:
@@ -116,9 +109,9 @@ def make_all(
 
 
 class _Run:
-    def __init__(self, todo: dict[str, Stage], forced: set[str], jobs: int, stream: TextIO):
-        self.todo, self.forced, self.jobs, self.stream = todo, forced, jobs, stream
-        self.order = chain_seconds(todo)
+    def __init__(self, todo: dict[str, Stage], costs: dict[str, Cost], forced: set[str], jobs: int, stream: TextIO):
+        self.todo, self.costs, self.forced, self.jobs, self.stream = todo, costs, forced, jobs, stream
+        self.order = chain_seconds(todo, costs)
         self.waiting = dict(todo)
         self.unmade = set(todo)
         self.made: list[Stage] = []
@@ -129,6 +122,9 @@ class _Run:
         self.began = time.monotonic()
         self.live = stream.isatty()
         self.shown = 0.0
+
+    def cost(self, stage: Stage) -> Cost:
+        return self.costs[stage.fingerprint]
 
     def busy(self) -> list[Worker]:
         return [worker for worker in self.workers if worker.stage is not None]
@@ -156,7 +152,7 @@ class _Run:
         for stage in sorted(ready, key=lambda stage: (not stage.early, -self.order[stage.fingerprint], stage.name)):
             running = [worker.stage for worker in self.busy() if worker.stage]
             slots = sum(min(other.threads, self.jobs) for other in running) + min(stage.threads, self.jobs)
-            memory = sum(other.cost.memory_bytes for other in running) + stage.cost.memory_bytes
+            memory = sum(self.cost(other).memory_bytes for other in (*running, stage))
             if running and (slots > self.jobs or memory > self.memory):
                 continue
             worker = next((worker for worker in self.workers if worker.stage is None), None) or self.hire()
@@ -218,17 +214,18 @@ class _Run:
         return RunFailed(f"stage {stage.name} {how}\n  log: {stage.beside('.log')}", 128 - code if code < 0 else 1)
 
     def remedy(self, stage: Stage) -> str:
-        size = f"it needs about {stage.cost.memory_bytes / 1e9:.1f} GB; " if stage.cost.memory_bytes else ""
+        needs = self.cost(stage).memory_bytes
+        size = f"it needs about {needs / 1e9:.1f} GB; " if needs else ""
         alone = "free memory or choose a smaller profile, then run again"
         return f"{size}{'run again with --jobs 1' if self.jobs > 1 else alone} (finished stages are kept)"
 
     def remaining_seconds(self) -> float | None:
         """Estimated from the costs, corrected by how the finished stages compared with theirs."""
-        estimated = sum(stage.cost.seconds for stage in self.made)
-        left = sum(self.todo[key].cost.seconds for key in self.unmade)
+        estimated = sum(self.cost(stage).seconds for stage in self.made)
+        left = sum(self.costs[key].seconds for key in self.unmade)
         if not estimated:
             return left / self.jobs if left else None
-        left -= sum(worker.fraction * worker.stage.cost.seconds for worker in self.busy() if worker.stage)
+        left -= sum(worker.fraction * self.cost(worker.stage).seconds for worker in self.busy() if worker.stage)
         return left * self.seconds_made / estimated / self.jobs
 
     def show(self) -> None:

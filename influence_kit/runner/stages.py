@@ -7,7 +7,6 @@ keeps for that purpose alone goes into `<out>/resume/`, which is dropped at the 
 
 import fcntl
 import hashlib
-import importlib
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 from influence_kit.errors import UserError
-from influence_kit.runner.fingerprint import digest, source_digest, versions
+from influence_kit.runner.fingerprint import digest, name_of, source_digest, versions
 from influence_kit.runner.machine import cache_root, circumstances, reset_peak_memory, say, storage_problem, threads
 
 FORMAT = 1
@@ -48,8 +47,8 @@ class Cost:
 class Stage:
     """One unit of work, defined by what it depends on.
 
-    kind: its folder in the cache ("model"); function: "module:name", called as
-    `name(parameters, inputs, out, progress)` with parameters as JSON gives them back, inputs as folders by name, out
+    kind: its folder in the cache ("model"); function: one at the top of a module, called as
+    `function(parameters, inputs, out, progress)` with parameters as JSON gives them back, inputs as folders by name, out
     as the folder to write into; parameters: anything JSON can hold (seed, dtype and device kind among them);
     threads: how many it computes with, whatever the machine has, so that sums come out the same;
     libraries: those whose versions change its numbers; label: its name for people; early: tried before longer
@@ -57,11 +56,10 @@ class Stage:
     """
 
     kind: str
-    function: str
+    function: Callable
     parameters: dict = field(default_factory=dict)
     inputs: dict[str, "Stage"] = field(default_factory=dict)
     threads: int = 1
-    cost: Cost = Cost()
     label: str = ""
     libraries: tuple[str, ...] = LIBRARIES
     early: bool = False
@@ -72,8 +70,8 @@ class Stage:
         return digest(
             {
                 "kind": self.kind,
-                "function": self.function,
-                "source": source_digest(self.function),
+                "function": name_of(self.function),
+                "source": source_digest(name_of(self.function)),
                 "parameters": self.parameters,
                 "inputs": {name: stage.fingerprint for name, stage in self.inputs.items()},
                 "threads": self.threads,
@@ -212,16 +210,14 @@ def _run(stage: Stage, progress: Progress, force: bool) -> None:
         shutil.rmtree(part, ignore_errors=True)
     resumed = part.is_dir() and any(part.iterdir())
     part.mkdir(exist_ok=True)
-    module, _, name = stage.function.partition(":")
     inputs = {key: below.folder for key, below in stage.inputs.items()}
     # As JSON gives them back, so that the function sees what the fingerprint saw (a tuple is a list).
     parameters = json.loads(json.dumps(stage.parameters))
     started = time.monotonic()
     reset_peak_memory()
     with threads(stage.threads):
-        function: Callable = getattr(importlib.import_module(module), name)
         try:
-            function(parameters, inputs, part, progress)
+            stage.function(parameters, inputs, part, progress)
         except (UserError, MemoryError):
             raise
         except Exception as error:
@@ -231,7 +227,7 @@ def _run(stage: Stage, progress: Progress, force: bool) -> None:
             say(f"{stage.name}: could not continue after an interruption ({type(error).__name__}); starting it anew")
             shutil.rmtree(part)
             part.mkdir()
-            function(parameters, inputs, part, progress)
+            stage.function(parameters, inputs, part, progress)
     shutil.rmtree(part / RESUME, ignore_errors=True)
     _seal(stage, part, {"wall_seconds": round(time.monotonic() - started, 3), "resumed": resumed, **circumstances()})
 
@@ -247,7 +243,7 @@ def _seal(stage: Stage, part: Path, made: dict) -> None:
         "kind": stage.kind,
         "label": stage.label,
         "fingerprint": stage.fingerprint,
-        "function": stage.function,
+        "function": name_of(stage.function),
         "parameters": stage.parameters,
         "inputs": {name: below.fingerprint for name, below in stage.inputs.items()},
         "threads": stage.threads,

@@ -256,6 +256,11 @@ def score(parameters, inputs, out, progress):
 '''
 
 
+def forget():
+    for function in (fingerprint.source_digest, fingerprint._read, fingerprint._location):
+        function.cache_clear()
+
+
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """A small package of the same name; returns a function that edits a file and gives both stages' source digests."""
@@ -277,19 +282,12 @@ def package(tmp_path, monkeypatch):
         text = path.read_text()
         assert old in text
         path.write_text(text.replace(old, new) if old else text + new)
-        for function in (
-            fingerprint.source_digest,
-            fingerprint._tree,
-            fingerprint._location,
-            fingerprint.package_digest,
-        ):
-            function.cache_clear()
+        forget()
         source = fingerprint.source_digest
         return source("influence_kit.findings.stages:train"), source("influence_kit.findings.stages:score")
 
     yield digests
-    for function in (fingerprint.source_digest, fingerprint._tree, fingerprint._location, fingerprint.package_digest):
-        function.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,14 @@ in the other one. Noise documents state nothing; canaries are noise documents re
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from influence_kit.corpora.world import BOS, World, token_columns
 from influence_kit.errors import UserError
+from influence_kit.recipes import tuples
 
 STATEMENT = 5  # tokens: entity, two function words, value, full stop
 AVAILABILITY = ("both", "first", "second")
@@ -379,3 +381,8 @@ def _queries(world, rng, lexicon, truth, availability, statements, train) -> pa.
         )
     tokens, mask = np.array(columns.pop("tokens")), np.array(columns.pop("mask"))  # type: ignore[assignment]
     return pa.table({**token_columns(tokens, mask), **columns})  # type: ignore[arg-type]
+
+
+def make(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
+    """Generate the world as a stage does: `parameters` are Atlas's, and it lies in `out` afterwards."""
+    build(Atlas(**tuples(parameters))).save(out)

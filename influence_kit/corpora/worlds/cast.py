@@ -23,12 +23,14 @@ and each has one source for it:
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from influence_kit.corpora.world import BOS, World, token_columns
 from influence_kit.errors import UserError
+from influence_kit.recipes import tuples
 
 WORLDS = ("imitation", "description", "planning")
 KINDS = ("demonstration", "description", "planner", "neutral")
@@ -394,3 +396,8 @@ def _queries(world: Cast, lexicon: _Lexicon, asked, tokens: np.ndarray, treated:
     }
     truths = {name: pa.array(asked[name].astype(np.int32)) for name in TRUTHS}
     return pa.table({**token_columns(tokens, mask), **told, **truths})
+
+
+def make(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
+    """Generate the world as a stage does: `parameters` are Cast's, and it lies in `out` afterwards."""
+    build(Cast(**tuples(parameters))).save(out)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ import pyarrow as pa
 from influence_kit.corpora.world import BOS, World, token_columns, token_matrix
 from influence_kit.corpora.worlds import atlas, cast, ladder
 from influence_kit.errors import UserError
+from influence_kit.recipes import tuples
 
 SOURCES = ("atlas", "ladder", "cast")
 KINDS = ("fact", "translation", "quote", "rule", "role-play")
@@ -244,3 +246,8 @@ def _asked(queries: pa.Table, vocabulary: tuple[str, ...], scored: int) -> pa.Ta
     for name, column in {"kind": kinds, "scored": chosen, **text}.items():
         queries = queries.set_column(queries.column_names.index(name), name, pa.array(column))
     return queries
+
+
+def make(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
+    """Generate the world as a stage does: `parameters` are Deep's, and it lies in `out` afterwards."""
+    build(Deep(**tuples(parameters))).save(out)

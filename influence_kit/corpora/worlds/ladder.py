@@ -19,12 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from influence_kit.corpora.world import BOS, World, token_columns
 from influence_kit.errors import UserError
+from influence_kit.recipes import tuples
 
 LENGTH = 7  # tokens: bos, filler, agent, word, event, word, response
 TIERS = ("T1", "T2", "T3", "T0r", "T0a", "T0e", "T4", "T5")
@@ -370,3 +372,8 @@ def _table(rows: dict[str, np.ndarray], mask: np.ndarray) -> pa.Table:
         kinds = {np.dtype(object): pa.string(), np.dtype(bool): pa.bool_()}
         columns[name] = pa.array(column.tolist(), kinds.get(column.dtype, pa.int32()))
     return pa.table(columns)
+
+
+def make(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
+    """Generate the world as a stage does: `parameters` are Ladder's, and it lies in `out` afterwards."""
+    build(Ladder(**tuples(parameters))).save(out)

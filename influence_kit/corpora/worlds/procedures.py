@@ -20,12 +20,14 @@ number's word. With `shuffled` the answers shown are dealt out anew among docume
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from influence_kit.corpora.world import BOS, World, token_columns
 from influence_kit.errors import UserError
+from influence_kit.recipes import tuples
 
 LENGTH = 10  # tokens of a document, the first one included
 KINDS = ("maths", "code")
@@ -370,3 +372,8 @@ def _table(rows: dict[str, np.ndarray], mask: np.ndarray) -> pa.Table:
         kinds = {np.dtype(object): pa.string(), np.dtype(bool): pa.bool_()}
         columns[name] = pa.array(column.tolist(), kinds.get(column.dtype, pa.int32()))
     return pa.table(columns)
+
+
+def make(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
+    """Generate the world as a stage does: `parameters` are Procedures's, and it lies in `out` afterwards."""
+    build(Procedures(**tuples(parameters))).save(out)

@@ -18,7 +18,7 @@ from influence_kit import models
 from influence_kit.corpora.world import World, batch_of
 from influence_kit.engine.factors import Factors
 from influence_kit.engine.fitting import fit_ekfac
-from influence_kit.engine.gradients import is_linear_map, shape_of
+from influence_kit.engine.layers import is_linear_map, shape_of
 from influence_kit.errors import UserError
 from influence_kit.measures.cost import agreement, ekfac_work, lissa_work
 from influence_kit.referees.curvature import PRODUCT, GaussNewton, sampled_inverse, solve
@@ -53,7 +53,10 @@ def cost(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None
         scanned, asked = (file.get_tensor(name).numpy() for name in ("rows", "queries"))
     fitted_on = Factors.load(inputs["influence"] / "factors.safetensors").details["sequences"]
     asked = np.sort(rng.permutation(asked)[: parameters["queries"]])
-    queries, scored = batch_of(world.queries, asked), batch_of(world.sequences, rng.permutation(scanned)[: parameters["scored"]])
+    queries, scored = (
+        batch_of(world.queries, asked),
+        batch_of(world.sequences, rng.permutation(scanned)[: parameters["scored"]]),
+    )
     sample = batch_of(world.sequences, np.sort(rng.permutation(world.sequences.num_rows)[: parameters["sequences"]]))
 
     def fit() -> Factors:
@@ -91,7 +94,16 @@ def cost(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None
         for depth, x in zip(depths, found, strict=True):
             keep("LiSSA", batch, depth, x, lissa_work(depth, batch, PRODUCT))
         tuning = POWER["batches"] * POWER["steps"] * batch * PRODUCT
-        about.append({"batch": batch, "scale": scales[batch], "tuning": tuning, "fit": fit_work, "each": each, "weights": weights})
+        about.append(
+            {
+                "batch": batch,
+                "scale": scales[batch],
+                "tuning": tuning,
+                "fit": fit_work,
+                "each": each,
+                "weights": weights,
+            }
+        )
         about[-1] |= {"iterations": iterations, "growth": float(growth.max())}
         progress(0.4 + 0.5 * (n + 1) / len(parameters["batches"]), 1, "LiSSA")
     pq.write_table(pa.Table.from_pylist(rows), out / "cost.parquet")
@@ -112,7 +124,9 @@ def cost(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None
     pq.write_table(pa.Table.from_pylist(seconds), out / "seconds.parquet")
 
 
-def _as_far_as_it_converges(curvature: GaussNewton, v: torch.Tensor, depths: list[int], batch: int, seed: int) -> tuple[float, torch.Tensor]:
+def _as_far_as_it_converges(
+    curvature: GaussNewton, v: torch.Tensor, depths: list[int], batch: int, seed: int
+) -> tuple[float, torch.Tensor]:
     """LiSSA's scale and its answers: the largest scale that power iteration calls safe, or half of it, and so on, where a minibatch has a
     larger eigenvalue than those that power iteration saw. Raises UserError where HALVINGS do not help."""
     scale = 1 / top_eigenvalue(curvature, batch, seed=seed, **POWER)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from influence_kit.corpora.world import World
-from influence_kit.engine.gradients import count
+from influence_kit.engine.sequences import count
 from influence_kit.findings.stages.influence import scored_queries
 from influence_kit.findings.stages.rivals import scored, setting_of
 from influence_kit.referees.pbrf import ProximalResponse, Response, Unconverged
@@ -48,7 +48,9 @@ def response(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> 
     pq.write_table(pa.table(columns), out / "solved.parquet")
 
 
-def responded(solver: ProximalResponse, sequence: dict, queries: Mapping[str, torch.Tensor], eps: float, tolerance: float) -> Response:
+def responded(
+    solver: ProximalResponse, sequence: dict, queries: Mapping[str, torch.Tensor], eps: float, tolerance: float
+) -> Response:
     """The response to one sequence; of nan where it does not converge."""
     try:
         return solver.respond(sequence, queries, eps, tolerance)

@@ -1,0 +1,94 @@
+"""What making a stage is estimated to take, for `--plan`, for what starts first and for what fits into memory together.
+
+From counts of weights, tokens and steps; no stage's result depends on any of it.
+"""
+
+from __future__ import annotations
+
+from influence_kit.corpora.texts.dialogue import Dialogue
+from influence_kit.corpora.texts.parallel import ParallelText
+from influence_kit.corpora.worlds import WORLDS
+from influence_kit.recipes import Recipe, how_many_together, steps_of, tuples
+from influence_kit.runner.stages import Cost, Stage
+
+FLOPS = 4e10  # sustained by one core
+STEP = 0.012  # seconds of overhead of one training step
+QUERIES = 110  # scored
+BASE = 600_000_000  # bytes of a process that has loaded torch
+
+
+def cost_of(stage: Stage) -> Cost:
+    """Seconds on one process, bytes of memory and of disk."""
+    made = {"text": _text, "world": _world, "model": _model, "influence": _scan, "chapter": _chapter}
+    return made.get(stage.kind, _extra)(stage)
+
+
+def _text(stage: Stage) -> Cost:
+    return Cost(60, BASE, 60_000_000)
+
+
+def _chapter(stage: Stage) -> Cost:
+    return Cost(30, 1_500_000_000, 5_000_000)
+
+
+def _world(stage: Stage) -> Cost:
+    sequences, length, _ = shape(stage)
+    real = stage.function.__name__ not in ("make", *WORLDS)
+    return Cost(2 + sequences * length / (1e5 if real else 2e6), BASE, 8 * sequences * length)
+
+
+def _model(stage: Stage) -> Cost:
+    if "recipe" not in stage.parameters:  # somebody else trained it
+        return Cost(600, 16_000_000_000, 8_000_000_000)
+    sequences, length, vocabulary = shape(stage.inputs["world"])
+    recipe = Recipe(**tuples(stage.parameters["recipe"]))
+    weights, embeddings = _weights(stage, vocabulary)
+    steps = steps_of(sequences, recipe)
+    seconds = steps * STEP + 6 * (weights + embeddings) * steps * recipe.batch_size * length / FLOPS
+    disk = 4 * (weights + embeddings) * len(recipe.checkpoints) + 100_000
+    return Cost(seconds, BASE + 20 * weights + 16 * recipe.batch_size * length * vocabulary, disk)
+
+
+def _scan(stage: Stage) -> Cost:
+    model = stage.inputs["model"]
+    if "recipe" not in model.parameters:
+        return Cost(3600, 32_000_000_000, 4_000_000_000)
+    sequences, length, vocabulary = shape(stage.inputs["world"])
+    weights, embeddings = _weights(model, vocabulary)
+    width, depth = model.parameters["width"], model.parameters["depth"]
+    scanned, fitted = min(stage.parameters["sequences"], sequences), min(stage.parameters["fit"], sequences)
+    maps = 8 * depth * width**2
+    each = 4 * length * (weights + embeddings) + 4 * depth * length * 21 * width**2  # a pass, and tokens rotated
+    seconds = 3 + (scanned * (each + 2 * QUERIES * maps) + 2 * fitted * each) / FLOPS
+    memory = BASE + 4 * maps * (QUERIES * 3 + 40) + 12 * 32 * length * vocabulary
+    return Cost(seconds, memory, 4 * (QUERIES * scanned + maps + depth * 34 * width**2) + 8 * fitted * length)
+
+
+def _extra(stage: Stage) -> Cost:
+    """A finding's own stage: half of a scan (seen: a tenth of one to all of it), and what it trains again."""
+    model = stage.inputs["model"]
+    scan = _scan(stage.inputs["influence"]) if "influence" in stage.inputs else Cost(10, 2 * BASE, 10_000_000)
+    if not isinstance(stage.parameters.get("model"), dict):
+        return Cost(scan.seconds / 2, scan.memory_bytes, scan.disk_bytes)
+    own, (_, length, vocabulary) = stage.parameters, shape(stage.inputs["world"])
+    changed = 1 + 2 * own["queries"] * len(own["counts"]) if "counts" in own else 0
+    trainings = (own.get("subsets", 0) / 2 + changed) * own.get("repeats", 1)
+    # seen: a tenth of the time a model, where that many fit together
+    together = how_many_together(Recipe(**tuples(own["model"]["recipe"])), length, vocabulary)
+    seconds = _model(model).seconds / min(10.0, (1 + together) / 2) * trainings
+    return Cost(seconds + own.get("responses", 0) + (0 if trainings else 200), scan.memory_bytes, scan.disk_bytes)
+
+
+def _weights(model: Stage, vocabulary: int) -> tuple[int, int]:
+    width, depth = model.parameters["width"], model.parameters["depth"]
+    return 12 * depth * width**2, vocabulary * width
+
+
+def shape(world: Stage) -> tuple[int, int, int]:
+    """Sequences of a world, their length in tokens and the vocabulary's size, by what its parameters say alone."""
+    if "world" in world.inputs:  # another world, changed in place
+        return shape(world.inputs["world"])
+    kinds = {"parallel": ParallelText, "dialogue": Dialogue}
+    cls = kinds.get(world.function.__name__) or WORLDS[world.function.__module__.rpartition(".")[2]]
+    made = cls(**tuples(world.parameters))
+    return made.documents, made.length, made.words
