@@ -19,7 +19,7 @@ _HOME = {
     "Scores": "engine.scores",
     "build_index": "engine.index",
     "Index": "engine.index",
-    "tracked_layers": "engine.gradients",
+    "tracked_layers": "engine.layers",
     "UserError": "errors",
 }
 __all__ = [*sorted(_HOME), "__version__"]

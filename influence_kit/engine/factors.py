@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .blas import matmul
-from .gradients import TokenGradients, device_of, dtype_of, shape_of
+from .gradients import TokenGradients, device_of, dtype_of
+from .layers import shape_of
 from .shelf import Buffers, aligned, aligned_width
 
 # Orthonormal eigenvectors as columns of diagonal blocks [m_i, m_i]; the m_i sum to the side's width.

@@ -14,18 +14,9 @@ from torch import Tensor, nn
 
 from .codes import mix
 from .factors import Factors, Rotator, inverse
-from .gradients import (
-    Recorder,
-    batch_rows,
-    count,
-    device_of,
-    dtype_of,
-    frozen,
-    gather,
-    read_batch,
-    sequence_gradients,
-)
+from .gradients import Recorder, device_of, dtype_of, frozen, sequence_gradients
 from .processes import all_reduce, shard
+from .sequences import batch_rows, count, gather, read_batch
 
 PILOT = 1024  # sequences, evenly spaced, whose gradients choose the coordinates
 

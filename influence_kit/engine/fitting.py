@@ -20,14 +20,15 @@ from torch import Tensor, nn
 
 from .blas import eigh, matmul
 from .factors import Basis, Factors, LayerFactors, Rotator
-from .gradients import Recorder, batch_rows, count, device_of, dtype_of, frozen, shape_of, tracked_layers
+from .gradients import Recorder, device_of, dtype_of, frozen
 from .labels import PseudoGradients
+from .layers import shape_of, tracked_layers
 from .processes import all_reduce, barrier, broadcast, rank_and_size, shard
 from .resume import State, by_rank, digest, witnesses
+from .sequences import Progress, batch_rows, count
 from .shelf import Shelf, aligned, free_disk, release_freed
 
 METHODS = ("ekfac", "kfac", "diagonal", "identity")
-Progress = Callable[[int, int], None]
 Sums = dict[str, Tensor]  # "A <layer> <block>" and "S <layer> <block>", lower triangles in float64
 
 

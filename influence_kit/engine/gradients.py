@@ -3,26 +3,18 @@
 The gradient of a sequence's summed loss with respect to a linear map's weights is D = sum_t g_t a_t^T, so these two
 tensors are all that EK-FAC and scoring need: no weight gradient is ever formed. Parameters are frozen and the graph
 starts at the first tracked layer, which makes a pass cheaper than a training step.
-
-Torch, numpy, scipy and safetensors only, as in all that EK-FAC and scoring consist of: this file, `labels.py`, `blas.py`,
-`factors.py`, `ekfac.py`, `directions.py`, `scores.py`, `scoring.py`, `shelf.py`, `resume.py` and `processes.py` can be
-lifted out together.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-MLP_PATTERN = r"(^|\.)(mlp|feed_forward|ffn)\."
-HEAD_PATTERN = r"(^|\.)(lm_head|embed_out|score|output_projection)$"
-WIDEST = 20_000  # an eigenbasis of this side takes 3.2 GB in float64; a 50k-wide head would take 20 GB and days
+from .sequences import Batch
 
 
 class TokenGradients(NamedTuple):
@@ -31,120 +23,6 @@ class TokenGradients(NamedTuple):
     inputs: Tensor  # a [B, L, M]; layers that read the same tensor hold the same object here
     outputs: Tensor  # g [B, L, P], the gradient of the summed loss with respect to the layer's output
     bias: bool  # whether the layer's bias is a last column of its gradient: M' = M + 1
-
-
-def is_linear_map(module: nn.Module) -> bool:
-    """True for `nn.Linear` and for GPT-2's `Conv1D`, a linear map that stores its weight transposed."""
-    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and module.weight.ndim == 2)  # type: ignore[return-value]
-
-
-def shape_of(module: nn.Module) -> tuple[int, int]:
-    """(P, M): width of the output and of the input of a linear map, bias not counted."""
-    rows, columns = module.weight.shape  # type: ignore[misc]
-    return (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
-
-
-def tracked_layers(model: nn.Module, layers: str = "mlp", blocks: int = 1) -> dict[str, nn.Module]:
-    """The linear maps whose weights carry influence, by dotted name, in the model's order.
-
-    `layers`: "mlp" (the paper's choice), "all" (every linear map but the output head), or a regular expression
-    searched in the dotted name. `blocks`: into how many eigenbases each side will be cut.
-
-    Raises ValueError when nothing matches, when a weight is shared with another module (its gradient would be only half of
-    the truth), or when a side is too wide for an eigenbasis.
-    """
-    linear = {name: module for name, module in model.named_modules() if is_linear_map(module)}
-    if layers == "mlp":
-        chosen = {name: module for name, module in linear.items() if re.search(MLP_PATTERN, name)}
-    elif layers == "all":
-        chosen = {name: module for name, module in linear.items() if not re.search(HEAD_PATTERN, name)}
-    else:
-        try:
-            chosen = {name: module for name, module in linear.items() if re.search(layers, name)}
-        except re.error as error:
-            raise ValueError(f"layers={layers!r} is not a regular expression: {error}") from error
-    if not chosen:
-        names = ", ".join(list(linear)[:6]) or "none"
-        raise ValueError(f"layers={layers!r} matches no linear map; the model's first ones are: {names}")
-    owners: dict[int, str] = {}
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter):
-            first = owners.setdefault(id(weight), name)
-            for tied in {first, name} & set(chosen) if first != name else ():
-                raise ValueError(
-                    f"layer {tied!r} shares its weight ({first!r} and {name!r} are tied): its gradient has a part that a "
-                    "linear map does not see; leave it out with a narrower `layers` pattern"
-                )
-    for name, module in chosen.items():
-        widest = math.ceil((max(shape_of(module)) + 1) / blocks)
-        if widest > WIDEST:
-            raise ValueError(
-                f"layer {name!r} is {shape_of(module)[0]} x {shape_of(module)[1]}: one {widest} x {widest} float64 "
-                f"eigenbasis takes {8 * widest**2 / 1e9:.0f} GB, and its eigendecomposition as much again; leave it out "
-                "with a narrower `layers` pattern, or cut the layer into `blocks`"
-            )
-    return chosen
-
-
-class Batch(NamedTuple):
-    """Token ids [B, T], the mask [B, T] of the tokens that are targets (predicted from the position before), and L, the
-    number of positions before the last target: later ones move no loss and are never computed."""
-
-    tokens: Tensor
-    loss_mask: Tensor
-    length: int
-
-    @property
-    def counted(self) -> Tensor:
-        """bool [B, L]: positions that can move the loss of their sequence, i.e. those with a target after them.
-
-        Right padding and the last position fall out, whatever the padding id is.
-        """
-        return self.loss_mask[:, 1 : self.length + 1].flip(1).cumsum(1).flip(1) > 0
-
-
-def batch_rows(total: int, batch_size: int) -> list[slice]:
-    """The rows [0, total) cut into batches."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r} must be at least 1")
-    return [slice(start, min(start + batch_size, total)) for start in range(0, total, batch_size)]
-
-
-def read_batch(sequences: Mapping[str, Tensor], rows: slice, device: torch.device | str = "cpu") -> Batch:
-    """Some rows of `sequences` (`input_ids` int [N, T], optional `loss_mask` bool [N, T]), as a Batch.
-
-    Accepts any mapping or datasets.Dataset whose columns slice to arrays. Padding must be on the right.
-    """
-    columns = sequences.column_names if hasattr(sequences, "column_names") else list(sequences)
-    tokens = _column(sequences, "input_ids", rows).long()
-    if tokens.ndim != 2 or tokens.shape[1] < 2:
-        raise ValueError(
-            f"input_ids must be [N, T] with T of at least 2; rows {rows.start}.. have shape {tuple(tokens.shape)}"
-        )
-    mask = _column(sequences, "loss_mask", rows).bool() if "loss_mask" in columns else torch.ones_like(tokens).bool()
-    if mask.shape != tokens.shape:
-        raise ValueError(f"loss_mask {tuple(mask.shape)} and input_ids {tuple(tokens.shape)} must have one shape")
-    mask = mask.clone()
-    mask[:, 0] = False  # nothing predicts the first token
-    length = int((mask.any(0) * torch.arange(mask.shape[1])).max().clamp(min=1))
-    return Batch(tokens.to(device), mask.to(device), length)
-
-
-def gather(sequences: Mapping[str, Tensor], rows: Iterable[int]) -> dict[str, Tensor]:
-    """Single rows of a mapping or Dataset, together: `input_ids` and `loss_mask` [n, T]."""
-    found = [read_batch(sequences, slice(row, row + 1)) for row in rows]
-    return {"input_ids": torch.cat([b.tokens for b in found]), "loss_mask": torch.cat([b.loss_mask for b in found])}
-
-
-def count(sequences: Mapping[str, Tensor]) -> int:
-    """N, the number of sequences in a mapping or Dataset."""
-    return len(sequences) if hasattr(sequences, "column_names") else len(sequences["input_ids"])
-
-
-def _column(sequences: Mapping[str, Tensor], name: str, rows: slice) -> Tensor:
-    values = sequences[rows][name] if hasattr(sequences, "column_names") else sequences[name][rows]  # type: ignore[index]
-    return torch.as_tensor(values)
 
 
 def sequence_losses(logits: Tensor, targets: Tensor, wanted: Tensor) -> Tensor:
@@ -236,15 +114,17 @@ def sequence_gradients(
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in evaluation mode with no parameter asking for a gradient; both are restored on leaving."""
-    training = model.training
+    """The model in evaluation mode with no parameter asking for a gradient; every module's and parameter's own state is
+    restored on leaving."""
+    training = [module for module in model.modules() if module.training]
     asking = [p for p in model.parameters() if p.requires_grad]
     for parameter in asking:
         parameter.requires_grad_(False)
     try:
         yield model.eval()
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
         for parameter in asking:
             parameter.requires_grad_(True)
 

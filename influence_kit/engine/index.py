@@ -38,12 +38,11 @@ from torch import Tensor, nn
 from .codes import NORMS, encode, fields, layout, products
 from .factors import Factors
 from .features import Features
-from .fitting import Progress
-from .gradients import batch_rows, count, gather, read_batch
 from .processes import barrier, rank_and_size, shard
 from .resume import digest, witnesses
 from .scans import check_damping, score
 from .scores import FORMS, Scores, TopScores, ends
+from .sequences import Progress, batch_rows, count, gather, read_batch
 from .shelf import Buffers
 
 VERSION = 2

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from .gradients import Recorder, TokenGradients, count, device_of, read_batch, sequence_gradients
+from .gradients import Recorder, TokenGradients, device_of, sequence_gradients
+from .sequences import count, read_batch
 from .shelf import Buffers, Shelf
 
 AT_ONCE = 1 << 22  # probabilities turned into a distribution function at a time: 32 MB

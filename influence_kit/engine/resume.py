@@ -11,8 +11,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .gradients import count, gather
 from .processes import rank_and_size
+from .sequences import count, gather
 from .shelf import bytes_of
 
 SAVE_SECONDS = 60  # between two savings of sums that grow

@@ -21,8 +21,8 @@ from .codes import MIXED, NORMS, layout
 from .directions import LEANING, OVERSAMPLED, POWER_STEPS, QUERY_BLOCK
 from .features import PILOT
 from .fitting import fit_ekfac
-from .gradients import WIDEST
 from .index import Index, build_index
+from .layers import WIDEST
 from .scans import score
 from .shelf import aligned_width
 

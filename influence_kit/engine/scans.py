@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from .directions import Directions, rotated_sides
 from .factors import Factors, Rotator, inverse
-from .fitting import Progress
-from .gradients import Recorder, batch_rows, count, device_of, frozen, read_batch, sequence_gradients
+from .gradients import Recorder, device_of, frozen, sequence_gradients
 from .processes import all_gather, all_reduce, barrier, rank_and_size, shard
 from .resume import State, digest, witnesses
 from .scores import FORMS, Scores, Source, TopScores, ends
+from .sequences import Progress, batch_rows, count, read_batch
 
 CHUNKS = 512  # parts of a scan: what a killed one goes on from, and what processes share
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .factors import Factors
-from .gradients import gather
+from .sequences import gather
 
 FORMS = ("raw", "relatif", "cosine")
 

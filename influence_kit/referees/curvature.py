@@ -22,20 +22,10 @@ from torch.func import functional_call, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from influence_kit.engine.factors import Factors, rotate_columns, rotate_rows
-from influence_kit.engine.gradients import (
-    Batch,
-    Recorder,
-    TokenGradients,
-    batch_rows,
-    count,
-    device_of,
-    forward,
-    frozen,
-    read_batch,
-    sequence_gradients,
-    shape_of,
-)
+from influence_kit.engine.gradients import Recorder, TokenGradients, device_of, forward, frozen, sequence_gradients
 from influence_kit.engine.labels import sample_labels, uniforms
+from influence_kit.engine.layers import shape_of
+from influence_kit.engine.sequences import Batch, batch_rows, count, read_batch
 from influence_kit.errors import UserError
 
 PRODUCT = 4 / 3
@@ -50,13 +40,18 @@ class GaussNewton:
     sequences: `input_ids` int64 [N, T], optional `loss_mask` bool [N, T], tensors. damping_of [D]: lambda of every weight.
     """
 
-    def __init__(self, model: nn.Module, factors: Factors, sequences: Mapping[str, Tensor], damping: float = 0.1) -> None:
+    def __init__(
+        self, model: nn.Module, factors: Factors, sequences: Mapping[str, Tensor], damping: float = 0.1
+    ) -> None:
         self.model, self.sequences, self.damping = model, sequences, damping
         self.factors = factors.beside(model)
         modules = dict(model.named_modules())
         self.layers = {name: modules[name] for name in self.factors.layers}
         self.shapes = {name: tuple(each.eigenvalues.shape) for name, each in self.factors.layers.items()}
-        parts = [torch.full_like(each.eigenvalues, float(damping * each.eigenvalues.mean())).flatten() for each in self.factors.layers.values()]
+        parts = [
+            torch.full_like(each.eigenvalues, float(damping * each.eigenvalues.mean())).flatten()
+            for each in self.factors.layers.values()
+        ]
         self.damping_of = torch.cat(parts)
 
     def split(self, vectors: Tensor) -> dict[str, Tensor]:
@@ -205,7 +200,9 @@ def sampled_gradients(curvature: GaussNewton, draws: int, seed: int = 0, batch_s
                 yield torch.cat([_outer(each).flatten(1) for each in found.values()], 1)
 
 
-def sampled_inverse(curvature: GaussNewton, draws: int = 4, seed: int = 0, batch_size: int = 32) -> Callable[[Tensor], Tensor]:
+def sampled_inverse(
+    curvature: GaussNewton, draws: int = 4, seed: int = 0, batch_size: int = 32
+) -> Callable[[Tensor], Tensor]:
     """v -> (F + lambda)^-1 v, [Q, D], where F is the Fisher matrix of the same sequences under `draws` sets of labels drawn from
     the model: near G + lambda, and solved at once, since F has no more than n = N draws directions (Woodbury's identity).
 

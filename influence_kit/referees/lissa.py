@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from influence_kit.engine.gradients import count
+from influence_kit.engine.sequences import count
 from influence_kit.errors import UserError
 from influence_kit.referees.curvature import GaussNewton
 
@@ -23,7 +23,9 @@ def minibatch(curvature: GaussNewton, size: int, generator: torch.Generator) -> 
     """Positions int64 [size] of sequences drawn without replacement. Raises UserError for a size that there is not."""
     total = count(curvature.sequences)
     if not 1 <= size <= total:
-        raise UserError(f"a minibatch of {size} cannot be drawn from {total} sequences: give a size between 1 and {total}")
+        raise UserError(
+            f"a minibatch of {size} cannot be drawn from {total} sequences: give a size between 1 and {total}"
+        )
     return torch.randperm(total, generator=generator)[:size]
 
 
@@ -35,7 +37,9 @@ def top_eigenvalue(curvature: GaussNewton, batch_size: int, batches: int = 4, st
     generator, largest = torch.Generator().manual_seed(seed), 0.0
     for _ in range(batches):
         rows = minibatch(curvature, batch_size, generator)
-        v = torch.randn(len(curvature.damping_of), generator=generator, dtype=torch.float64)[None].to(curvature.damping_of)
+        v = torch.randn(len(curvature.damping_of), generator=generator, dtype=torch.float64)[None].to(
+            curvature.damping_of
+        )
         for _ in range(steps):
             v = v / v.norm()
             moved = curvature.product(v, rows)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from influence_kit.engine.factors import Factors
-from influence_kit.engine.gradients import Batch, count, forward, frozen, read_batch, sequence_losses
+from influence_kit.engine.gradients import forward, frozen, sequence_losses
+from influence_kit.engine.sequences import Batch, count, read_batch
 from influence_kit.errors import UserError
 from influence_kit.referees.curvature import LARGEST, GaussNewton, sampled_gradients
 
@@ -51,7 +52,12 @@ class ProximalResponse:
     """Solves for the response of one model to single sequences, over one sample of its training sequences, in float64 on the CPU."""
 
     def __init__(
-        self, model: nn.Module, factors: Factors, sample: Mapping[str, Tensor], damping: float = 0.1, batch_size: int = 512
+        self,
+        model: nn.Module,
+        factors: Factors,
+        sample: Mapping[str, Tensor],
+        damping: float = 0.1,
+        batch_size: int = 512,
     ) -> None:
         """factors: of the layers that may move; lambda of a layer is `damping` times the mean of its eigenvalues.
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from influence_kit.engine.factors import Factors
 from influence_kit.engine.fitting import fit_ekfac
-from influence_kit.engine.gradients import batch_rows, count, device_of, frozen, read_batch
+from influence_kit.engine.gradients import device_of, frozen
 from influence_kit.engine.scans import score
 from influence_kit.engine.scores import Scores
+from influence_kit.engine.sequences import batch_rows, count, read_batch
 from influence_kit.errors import UserError
 from influence_kit.measures.lexical import bm25, idf_overlap, token_counts
 from influence_kit.referees.curvature import GaussNewton
@@ -51,12 +52,16 @@ class Setting:
         """The model at the end of training."""
         return self.model_at(1.0)
 
-    def fit(self, method: str = "ekfac", labels: str = "sampled", sample: Batch | None = None, at: float = 1.0) -> Factors:
+    def fit(
+        self, method: str = "ekfac", labels: str = "sampled", sample: Batch | None = None, at: float = 1.0
+    ) -> Factors:
         """Factors of one method, of the curvature sample by default."""
         if (method, labels, sample, at) == ("ekfac", "sampled", None, 1.0) and self.factors is not None:
             return self.factors
         model = self.model if at == 1.0 else self.model_at(at)
-        return fit_ekfac(model, self.sample if sample is None else sample, self.layers, labels, seed=self.seed, method=method)
+        return fit_ekfac(
+            model, self.sample if sample is None else sample, self.layers, labels, seed=self.seed, method=method
+        )
 
     def score(self, factors: Factors, damping: float | None = None, at: float = 1.0) -> Scores:
         """Scores under given factors, at the setting's damping by default."""
@@ -182,7 +187,9 @@ def _states(model: nn.Module, sequences: Batch, layer: int) -> Tensor:
             batch = read_batch(sequences, rows)
             read = batch.tokens[:, : batch.length + 1]
             asked = read.to(device_of(model))
-            states = model(input_ids=asked, output_hidden_states=True, use_cache=False).hidden_states[layer].float().cpu()
+            states = (
+                model(input_ids=asked, output_hidden_states=True, use_cache=False).hidden_states[layer].float().cpu()
+            )
             last = (batch.loss_mask[:, : read.shape[1]] * torch.arange(read.shape[1])).amax(1, keepdim=True)
             kept = (torch.arange(read.shape[1])[None] <= last)[..., None]
             found.append(nn.functional.normalize((states * kept).sum(1), dim=1))

@@ -106,7 +106,8 @@ def beside_training(asked, model, factors, queries, sequences) -> dict[str, floa
     import torch
 
     from influence_kit.engine import scans as scoring
-    from influence_kit.engine.gradients import batch_rows, forward, read_batch, sequence_losses
+    from influence_kit.engine.gradients import forward, sequence_losses
+    from influence_kit.engine.sequences import batch_rows, read_batch
 
     total = len(sequences["input_ids"])
 
@@ -148,7 +149,9 @@ def main() -> None:
         import transformers
 
         torch.set_num_threads(asked.threads)
-        getattr(transformers, CLASSES[asked.architecture])  # transformers imports a model's code when it is first asked for
+        getattr(
+            transformers, CLASSES[asked.architecture]
+        )  # transformers imports a model's code when it is first asked for
         run = {"influence_kit": run_influence_kit, "kronfluence": run_kronfluence, "bergson": run_bergson}[asked.worker]
         result = run(asked, asked.folder)
         (asked.folder / f"{asked.worker}.json").write_text(json.dumps(result))

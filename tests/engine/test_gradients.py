@@ -5,17 +5,9 @@ import torch
 from conftest import ARCHITECTURES, random_sequences, tiny_model
 from torch import nn
 
-from influence_kit.engine.gradients import (
-    Recorder,
-    batch_rows,
-    forward,
-    frozen,
-    read_batch,
-    sequence_gradients,
-    sequence_losses,
-    shape_of,
-    tracked_layers,
-)
+from influence_kit.engine.gradients import Recorder, forward, frozen, sequence_gradients, sequence_losses
+from influence_kit.engine.layers import shape_of, tracked_layers
+from influence_kit.engine.sequences import batch_rows, read_batch
 
 
 def weight_gradient(model, layer, tokens, mask):
@@ -66,9 +58,16 @@ def test_counted_positions_have_a_target_after_them():
 
 def test_the_model_is_left_as_it_was():
     model = tiny_model("llama").train()
+    for module in list(model.modules())[1::3]:
+        module.training = False
+    own = [module.training for module in model.modules()]
+    next(model.parameters()).requires_grad_(False)
+    asking = [p.requires_grad for p in model.parameters()]
     with frozen(model), Recorder(tracked_layers(model)):
-        assert not any(p.requires_grad for p in model.parameters()) and not model.training
-    assert all(p.requires_grad for p in model.parameters()) and model.training
+        assert not any(p.requires_grad for p in model.parameters())
+        assert not any(module.training for module in model.modules())
+    assert [p.requires_grad for p in model.parameters()] == asking
+    assert [module.training for module in model.modules()] == own
     assert not any(module._forward_hooks for module in model.modules())
 
 

@@ -15,9 +15,9 @@ from influence_kit.engine import blas, features, scale
 from influence_kit.engine import fitting as ekfac
 from influence_kit.engine.directions import Directions, rotated_sides
 from influence_kit.engine.fitting import fit_ekfac
-from influence_kit.engine.gradients import shape_of, tracked_layers
 from influence_kit.engine.index import Index, build_index
 from influence_kit.engine.labels import PseudoGradients
+from influence_kit.engine.layers import shape_of, tracked_layers
 from influence_kit.engine.scale import Decoder, Layer, Speed, Work, decoder, describe, estimate, problems, speed_of
 from influence_kit.engine.scans import score
 from influence_kit.errors import UserError

@@ -66,7 +66,8 @@ def main() -> None:
     save_file(found, asked.out / f"rank-{rank}.safetensors")
     torch.distributed.barrier()  # a rank that leaves while another still sends aborts
     torch.distributed.destroy_process_group()
-    os._exit(0)  # torch 2.13's native threads sometimes abort a process that takes its interpreter down ("without an active exception")
+    # torch 2.13's native threads sometimes abort a process that takes its interpreter down ("without an active exception")
+    os._exit(0)
 
 
 if __name__ == "__main__":
