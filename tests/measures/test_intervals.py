@@ -203,7 +203,9 @@ def test_three_seeds_of_200_queries_take_under_a_second():
 
 def test_columns_of_a_table_are_read_with_its_seeds():
     rng = np.random.default_rng(0)
-    table = pd.DataFrame({"seed": np.repeat([1, 2, 3], 20), "size": np.tile([8, 4], 30), "x": rng.normal(size=60), "y": rng.random(60)})
+    table = pd.DataFrame(
+        {"seed": np.repeat([1, 2, 3], 20), "size": np.tile([8, 4], 30), "x": rng.normal(size=60), "y": rng.random(60)}
+    )
     big, small = table[table["size"] == 8], table[table["size"] == 4]
     assert estimate_of(table, ["x", "y"], ratio_of_means) == bootstrap(table[["x", "y"]], table["seed"], ratio_of_means)
     assert difference_of(big, small, "x", "y") == difference(big["x"], big["seed"], small["y"], small["seed"])
