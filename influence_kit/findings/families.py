@@ -122,6 +122,28 @@ def text_grid(
     ]
 
 
+def section(profile: Profile, world: str, chapter: str) -> PlantedGrid:
+    """A profile's section for a world that a chapter cannot do without. Raises UserError where there is none."""
+    found = getattr(profile, world)
+    if found is None:
+        raise UserError(
+            f"profile {profile.name!r} has no `{world}` section, which chapter {chapter} reads: add one (as in laptop.yaml), or "
+            "name the chapters you want by --only"
+        )
+    return found
+
+
+def trained_again(profile: Profile, world: str, chapter: str, *arms: str) -> list[Planned]:
+    """Models of arms that a chapter trains again as its referee, without scans. Raises UserError where the profile lacks an arm."""
+    for arm in arms:
+        if arm not in section(profile, world, chapter).arms:
+            raise UserError(
+                f"profile {profile.name!r} has no {world} arm `{arm}`, which chapter {chapter} trains again: add one (as in "
+                "laptop.yaml), or name the chapters you want by --only"
+            )
+    return planted_grid(profile, world, arms, fractions=())
+
+
 def text_stage(grid: TextGrid | None) -> Stage:
     """The stage that fetches or reads real text."""
     if grid is None:
