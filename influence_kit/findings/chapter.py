@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
+    from influence_kit.measures.claims import Claim
     from influence_kit.measures.intervals import Estimate
-    from influence_kit.measures.verdicts import Claim
     from influence_kit.reading.style import SavedFigure
 
 
@@ -109,9 +109,10 @@ class Chapter:
         **rule,
     ) -> Claim:
         """Judge an estimate by a rule fixed beforehand (`confirm_above`, `confirm_below`, …) and keep the verdict."""
-        from influence_kit.measures.verdicts import Claim
+        from influence_kit.measures.claims import Claim
 
-        return self._keep(Claim.from_estimate(id, self.name, claim, paper, estimate, unit, kind, gates, **rule))
+        about = {"id": id, "chapter": self.name, "claim": claim, "paper": paper, "unit": unit, "kind": kind, "gates": gates}
+        return self._keep(Claim.from_estimate(estimate, **about, **rule))
 
     def refereed(self, id: str, method: str, by: Claim) -> Claim:
         """Put beside a claim what a referee found: a method in words ("retraining"), and a claim of its own that is confirmed
@@ -122,7 +123,7 @@ class Chapter:
         return self._keep(known[id].refereed(method, by))
 
     def _keep(self, made: Claim) -> Claim:
-        from influence_kit.measures.verdicts import write_json
+        from influence_kit.measures.claims import write_json
 
         if any(old.id == made.id for old in self.claims):  # a claim keeps its place: a chapter opens with its headline
             self.claims = [made if old.id == made.id else old for old in self.claims]
@@ -136,7 +137,7 @@ class Chapter:
         """What referees say of the chapter's claims so far, in words, beside what influence says."""
         from IPython.display import Markdown
 
-        from influence_kit.measures.verdicts import referees_markdown
+        from influence_kit.reading.verdicts import referees_markdown
 
         return Markdown(referees_markdown(self.claims))
 
@@ -144,6 +145,6 @@ class Chapter:
         """The chapter's verdict table, for the end of a notebook."""
         from IPython.display import Markdown
 
-        from influence_kit.measures.verdicts import verdict_table_markdown
+        from influence_kit.reading.verdicts import verdict_table_markdown
 
         return Markdown(verdict_table_markdown(self.claims))

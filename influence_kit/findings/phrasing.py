@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from IPython.display import Markdown
 
-    from influence_kit.measures.verdicts import Claim
+    from influence_kit.measures.claims import Claim
 
 
 def interval(claim: Claim, spec: str = ".2f") -> str:

@@ -12,8 +12,9 @@ from collections import defaultdict
 from pathlib import Path
 
 from influence_kit.errors import UserError
-from influence_kit.measures.verdicts import STATUSES, Claim, merge, read_verdicts, verdict_table_markdown
+from influence_kit.measures.claims import STATUSES, Claim, merge, read_verdicts
 from influence_kit.publishing.results import claims_of, keep_other_seeds, publish
+from influence_kit.reading.verdicts import verdict_table_markdown
 from influence_kit.runner.machine import repository
 from influence_kit.runner.scheduler import clock
 

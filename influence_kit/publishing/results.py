@@ -14,7 +14,7 @@ from influence_kit.errors import UserError
 from influence_kit.runner.stages import Stage, record, sha256
 
 if TYPE_CHECKING:
-    from influence_kit.measures.verdicts import Claim
+    from influence_kit.measures.claims import Claim
 
 OTHER_SEEDS = "other_seeds.json"  # what a run of other seeds says of the same claims
 
@@ -26,7 +26,7 @@ def publish(folder: Path, chapters: Sequence[Stage], update_expected: bool = Fal
     stay. `update_expected` makes the figures' present tables what later runs are compared with.
     Returns the claims and the figures ({name, status, differing columns if any}).
     """
-    from influence_kit.measures.verdicts import write_json, write_verdicts
+    from influence_kit.measures.claims import write_json, write_verdicts
 
     folder.mkdir(parents=True, exist_ok=True)
     known = _read(folder / "provenance.json", {})
@@ -90,7 +90,7 @@ def _judge_figures(folder: Path, update_expected: bool) -> list[dict]:
     """Every figure with a table behind it: reproduced, differs (with the columns), or new (no expectation yet)."""
     import pandas
 
-    from influence_kit.measures.verdicts import write_json
+    from influence_kit.measures.claims import write_json
     from influence_kit.publishing.expected import compare, expectation, summarise_table
 
     path = folder / "expected.json"
@@ -110,7 +110,7 @@ def _judge_figures(folder: Path, update_expected: bool) -> list[dict]:
 
 def read_claims(path: Path) -> list["Claim"]:
     """A chapter's claims: a JSON list of rows, or an object that holds them as `claims`. Raises UserError otherwise."""
-    from influence_kit.measures.verdicts import claim_of
+    from influence_kit.measures.claims import claim_of
 
     content = json.loads(path.read_text(encoding="utf-8"))
     try:
@@ -145,7 +145,7 @@ def keep_other_seeds(folder: Path, run: Path) -> tuple[int, int]:
 
     Raises UserError where the other run has no claims, or the same seeds.
     """
-    from influence_kit.measures.verdicts import write_json
+    from influence_kit.measures.claims import write_json
 
     here = {claim.id: claim for made in claims_of(folder).values() for claim in made}
     there = [claim for made in claims_of(run).values() for claim in made if claim.id in here]

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 
-from influence_kit.measures.verdicts import write_json
+from influence_kit.measures.claims import write_json
 from influence_kit.publishing import expected as reproduction
 
 

@@ -1,4 +1,4 @@
-"""Verdicts: rules, seeds and gates, byte-stable files, the Markdown table, referees in words."""
+"""Claims: rules, seeds and gates, byte-stable files, referees."""
 
 import json
 import math
@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from influence_kit.errors import UserError
-from influence_kit.measures import verdicts
+from influence_kit.measures import claims
+from influence_kit.measures.claims import Claim, judge
 from influence_kit.measures.intervals import Estimate
-from influence_kit.measures.verdicts import Claim, judge
 
 
 def estimate(low: float, high: float, seeds: int = 3) -> Estimate:
@@ -63,7 +63,7 @@ def test_rule_in_words():
         claim(refute_below=0.5).rule
         == "confirmed if the whole interval lies above 1; refuted if it lies at or below 0.5"
     )
-    both = verdicts.describe_rule(confirm_above=-0.2, confirm_below=0.2)
+    both = claims.describe_rule(confirm_above=-0.2, confirm_below=0.2)
     assert both.endswith("above -0.2 and below 0.2; refuted if it lies at or above 0.2 or at or below -0.2")
 
 
@@ -82,75 +82,52 @@ def test_file_is_sorted_stable_and_read_back(tmp_path):
     noisy = claim("b-noise", np.float64(2.0) * (1 + 1e-13), 3.0)
     nothing = claim("a-none", math.nan, math.nan, seeds=1)
     figures = [{"name": "tails", "status": "reproduced"}, {"name": "ladder", "status": "differs", "columns": ["lift"]}]
-    verdicts.write_verdicts(tmp_path / "one.json", [noisy, nothing], figures)
-    verdicts.write_verdicts(tmp_path / "two.json", [nothing, claim("b-noise")], figures[::-1])
+    claims.write_verdicts(tmp_path / "one.json", [noisy, nothing], figures)
+    claims.write_verdicts(tmp_path / "two.json", [nothing, claim("b-noise")], figures[::-1])
     assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.json", "two.json"]
     content = json.loads((tmp_path / "one.json").read_text())
     assert [row["id"] for row in content["claims"]] == ["a-none", "b-noise"]
     assert [figure["name"] for figure in content["figures"]] == ["ladder", "tails"]
     assert content["claims"][0]["measured"] is None and content["claims"][1]["interval"] == [2.0, 3.0]
-    claims, read_figures = verdicts.read_verdicts(tmp_path / "one.json")
-    assert claims[1] == claim("b-noise") and math.isnan(claims[0].measured) and read_figures == content["figures"]
+    kept, read_figures = claims.read_verdicts(tmp_path / "one.json")
+    assert kept[1] == claim("b-noise") and math.isnan(kept[0].measured) and read_figures == content["figures"]
 
 
 def test_small_numbers_are_kept_in_the_file(tmp_path):
-    verdicts.write_json(tmp_path / "x.json", {"nats": 1.23456789012e-7, "n": np.int64(3), "ok": np.bool_(True)})
+    claims.write_json(tmp_path / "x.json", {"nats": 1.23456789012e-7, "n": np.int64(3), "ok": np.bool_(True)})
     assert json.loads((tmp_path / "x.json").read_text()) == {"nats": 1.23456789e-7, "n": 3, "ok": True}
 
 
 def test_merge_refuses_two_claims_of_one_id():
-    assert [c.id for c in verdicts.merge([claim("b")], [claim("a")])] == ["a", "b"]
+    assert [c.id for c in claims.merge([claim("b")], [claim("a")])] == ["a", "b"]
     with pytest.raises(UserError, match="'a' is made in '03_x' and in '04_abstraction'"):
-        verdicts.merge([claim("a")], [claim("a", chapter="03_x")])
+        claims.merge([claim("a")], [claim("a", chapter="03_x")])
 
 
 def test_unknown_figure_status_is_refused(tmp_path):
     with pytest.raises(UserError, match="'same'"):
-        verdicts.write_verdicts(tmp_path / "x.json", [], [{"name": "tails", "status": "same"}])
-
-
-def test_markdown_table():
-    table = verdicts.verdict_table_markdown(
-        [claim(paper=0.38, claim="a | b"), claim("gate", low=0.2, high=0.4, kind="gate", confirm_above=0.3)]
-    )
-    lines = table.splitlines()
-    assert lines[2] == (
-        "| 04_abstraction | gate: meaning beats words | theme at 52B | 0.30 [0.20, 0.40] ratio | 3 "
-        "| *undecided* (the interval reaches over the threshold) | – |"
-    )
-    assert lines[3] == "| 04_abstraction | a \\| b | 0.38 | 2.5 [2.0, 3.0] ratio | 3 | *confirmed* | – |"
+        claims.write_verdicts(tmp_path / "x.json", [], [{"name": "tails", "status": "same"}])
 
 
 def test_a_claim_confirmed_by_a_hair_is_fragile():
     made = [claim(low=low, high=2.5 + (2.5 - low), confirm_above=1) for low in (1.1, 1.6)]
     assert [(c.status, c.fragile) for c in made] == [("confirmed", True), ("confirmed", False)]
     assert not claim(low=0.5, high=4.5, confirm_above=1).fragile  # undecided as it is
-    assert "(fragile)" in verdicts.verdict_table_markdown(made[:1])
 
 
 @pytest.mark.parametrize(
     ("low", "high", "agreement", "same_side"),
-    [(1.2, 3.8, "agrees", True), (-3.8, -1.2, "disagrees", False), (-1, 6, "undecided", True), (-6, 1, "undecided", False)],
+    [
+        (1.2, 3.8, "agrees", True),
+        (-3.8, -1.2, "disagrees", False),
+        (-1, 6, "undecided", True),
+        (-6, 1, "undecided", False),
+    ],
 )
 def test_a_referee_agrees_disagrees_or_does_not_know(tmp_path, low, high, agreement, same_side):
     by = claim("retraining", low=low, high=high, confirm_above=0)
     made = claim("a", low=2, high=3, confirm_above=1).refereed("retraining", by)
     assert (made.referee.agreement, made.referee.same_side, made.referee.claim) == (agreement, same_side, "retraining")
-    verdicts.write_verdicts(tmp_path / "v.json", [made, by])
-    assert verdicts.read_verdicts(tmp_path / "v.json")[0][0] == made
-    words = {"agrees": "agrees", "disagrees": "**EK-FAC and it disagree**"}
-    words["undecided"] = "same side" if same_side else "**other side**"
-    assert words[agreement] in verdicts.verdict_table_markdown([made])
-
-
-def test_referees_in_words_say_both_numbers_and_whether_they_agree():
-    made = claim(id="lift", low=2, high=3)
-    agreed, denied = (made.refereed("retraining", claim(id="by", low=low, high=low + 1, unit="nats")) for low in (5, -3))
-    unsure = made.refereed("one step", claim(id="by", low=0.9, high=3))
-    found = verdicts.referees_markdown([agreed, claim(id="alone"), denied, unsure]).splitlines()
-    assert len(found) == 3 and all("“meaning beats words”: **confirmed** by influence (2.5" in line for line in found)
-    assert "**confirmed** by retraining (5.5" in found[0] and "nats); the two agree." in found[0]
-    assert "**refuted** by retraining" in found[1] and found[1].endswith("**the two disagree**.")
-    assert "undecided, their numbers lie on the same side" in found[2] and "by one step" in found[2]
-    assert verdicts.referees_markdown([claim()]) == ""
+    claims.write_verdicts(tmp_path / "v.json", [made, by])
+    assert claims.read_verdicts(tmp_path / "v.json")[0][0] == made
