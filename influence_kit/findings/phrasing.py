@@ -31,3 +31,8 @@ def listed(claims: Iterable[Claim], spec: str = ".3f") -> Markdown:
     from IPython.display import Markdown
 
     return Markdown("\n".join(f"- {said(claim, spec)}" for claim in claims))
+
+
+def slug(name: str) -> str:
+    """A name as part of a claim's id: "real text" gives "real-text"."""
+    return name.replace(" ", "-").replace("_", "-").lower()

@@ -62,6 +62,10 @@ class Estimate:
     def interval(self) -> tuple[float, float]:
         return self.low, self.high
 
+    def row(self, **about) -> dict:
+        """A line of a table: what it is about, then estimate, low and high."""
+        return {**about, "estimate": self.value, "low": self.low, "high": self.high}
+
     def __format__(self, spec: str) -> str:
         """Format all three numbers by `spec`; by default to two digits of the interval's width."""
         if not spec:
@@ -291,6 +295,23 @@ def quotient(
     return _contrast(a, a_seeds, b, b_seeds, matched_units, statistic, np.divide, level, draws, seed, method, bounds)
 
 
+def pick(rows, **where):
+    """The rows of a table whose columns have these values: `pick(rows, size=1000, arm="base")`."""
+    for column, value in where.items():
+        rows = rows[rows[column] == value]
+    return rows
+
+
+def largest(rows):
+    """The rows of the largest model of a table that has a column `size`."""
+    return pick(rows, size=rows["size"].max())
+
+
+def smallest(rows):
+    """The rows of the smallest model of a table that has a column `size`."""
+    return pick(rows, size=rows["size"].min())
+
+
 def estimate_of(rows, columns, statistic: Callable = np.mean, **options) -> Estimate:
     """`bootstrap` of a column, or of columns together, of a table that has a column `seed`; `options` are those of `bootstrap`."""
     return bootstrap(rows[columns], rows["seed"], statistic, **options)
@@ -304,5 +325,9 @@ def difference_of(rows, others, columns, others_columns=None, statistic: Callabl
 
 def largest_minus_smallest(rows, columns, statistic: Callable = np.mean, **options) -> Estimate:
     """`difference_of` the rows of the largest model and those of the smallest; the table has columns `seed` and `size`."""
-    largest, smallest = (rows[rows["size"] == size] for size in (rows["size"].max(), rows["size"].min()))
-    return difference_of(largest, smallest, columns, statistic=statistic, **options)
+    return difference_of(largest(rows), smallest(rows), columns, statistic=statistic, **options)
+
+
+def difference_in_differences(rows, column: str = "change", **options) -> Estimate:
+    """`difference_of` the rows that are `treated` and the others: what a treatment changed beyond what changed anyway."""
+    return difference_of(rows[rows["treated"]], rows[~rows["treated"]], column, **options)
