@@ -66,11 +66,12 @@ class Directions:
         modules, rotator = dict(model.named_modules()), Rotator()
         damped = {name: layer.damped(damping) for name, layer in self.layers.items()}
         self._scratch = Buffers()
-        squares, lost, whole = (torch.zeros(self.count, dtype=dtype_of(model)) for _ in range(3))
+        device = device_of(model)
+        squares, lost, whole = (torch.zeros(self.count, dtype=dtype_of(model), device=device) for _ in range(3))
         largest = max(layer.eigenvalues.numel() for layer in self.layers.values())
         with frozen(model), Recorder({name: modules[name] for name in self.layers}) as recorder:
             for rows in batch_rows(self.count, max(min(batch_size, QUERY_BLOCK // largest), 1)):
-                batch = read_batch(queries, rows, device_of(model))
+                batch = read_batch(queries, rows, device)
                 empty = ~batch.loss_mask.any(1)
                 if empty.any():
                     raise ValueError(
@@ -81,16 +82,17 @@ class Directions:
                     direction = torch.div(
                         gradient, damped[name], out=self._scratch("direction", tuple(gradient.shape), gradient)
                     )
-                    squares[rows] += torch.linalg.vecdot(gradient, direction).sum(1).cpu()
+                    squares[rows] += torch.linalg.vecdot(gradient, direction).sum(1).to(device)
                     if rank is None:
                         self._keep(name, rows, direction, found.bias)
                         continue
                     left, right, error = low_rank(direction, rank)
-                    lost[rows] += error.cpu()
-                    whole[rows] += direction.square().sum((1, 2)).cpu()
+                    lost[rows] += error.to(device)
+                    whole[rows] += direction.square().sum((1, 2)).to(device)
                     self._keep_low(name, rows, left, right)
         del self._scratch, rotator
         release_freed()
+        squares, lost, whole = (each.cpu() for each in (squares, lost, whole))
         self.norms = squares.sqrt()
         self.errors = None if rank is None else (lost / whole.clamp(min=torch.finfo(whole.dtype).tiny)).sqrt()
 

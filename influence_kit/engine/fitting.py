@@ -84,7 +84,9 @@ def fit_ekfac(
         about = (details, batch_size, labels, rank_and_size()[1])
         key = "" if resume is None else digest(model, *witnesses(sequences), *about)
         state = State(resume, key)
-        source = PseudoGradients(model, recorder, sequences, labels, seed, Shelf(memory, free_disk()))
+        # A GPU computes gradients again sooner than it could have them back from a file.
+        disk = free_disk() if device_of(model).type == "cpu" else 0
+        source = PseudoGradients(model, recorder, sequences, labels, seed, Shelf(memory, disk))
         batches = shard(batch_rows(total, batch_size))
         passes = 1 if method in ("kfac", "diagonal") else 2
         spectra: dict[str, tuple[Tensor, Tensor]] = {}
@@ -106,7 +108,7 @@ def fit_ekfac(
             )
         if method == "diagonal":
             all_reduce([source.labels, source.counted])
-    drawn, details["tokens"] = source.labels, int(source.counted.sum())
+    drawn, details["tokens"] = source.labels.cpu(), int(source.counted.sum())
     del source
     release_freed()
     barrier()
@@ -130,11 +132,10 @@ def _covariances(
         if index < done:
             continue
         found, counted = source.read(rows)
-        chosen = None if bool(counted.all()) else counted
         for name, (a, g, bias) in found.items():
             if source.leaders[name] == name:
-                _add_product(sums, f"A {name}", a[chosen] if chosen is not None else a.flatten(0, 1), bias, blocks)
-            _add_product(sums, f"S {name}", g[chosen] if chosen is not None else g.flatten(0, 1), False, blocks)
+                _add_product(sums, f"A {name}", _chosen(a, counted), bias, blocks)
+            _add_product(sums, f"S {name}", _chosen(g, counted), False, blocks)
         if state.due():
             _save(source, state, "covariances", sums, index + 1)
         report(rows.stop)
@@ -146,6 +147,11 @@ def _covariances(
     if int(source.counted.sum()) == 0:
         raise ValueError("loss_mask selects no target in any sequence: nothing to fit factors on")
     return sums
+
+
+def _chosen(x: Tensor, counted: Tensor | None) -> Tensor:
+    """The rows [n, W] of x [B, L, W] at the given places of [B L]; all of them where none are given."""
+    return x.flatten(0, 1) if counted is None else x.flatten(0, 1).index_select(0, counted.to(x.device))
 
 
 def _add_product(sums: Sums, name: str, x: Tensor, bias: bool, blocks: int) -> None:
@@ -253,6 +259,6 @@ def _loaded(source: PseudoGradients, state: State, name: str) -> tuple[Sums, int
     kept = state.load(by_rank(name))
     if kept is None:
         return {}, 0
-    source.labels, source.counted = kept["labels"], kept["counted"]
+    source.labels, source.counted = kept["labels"].to(source.device), kept["counted"]
     sums = {key[4:]: tensor for key, tensor in kept.items() if key.startswith("sum ")}
     return sums, int(kept["done"])

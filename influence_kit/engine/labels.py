@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .gradients import Recorder, TokenGradients, device_of, sequence_gradients
-from .sequences import count, read_batch
+from .sequences import Batch, count, read_batch
 from .shelf import Buffers, Shelf
 
-AT_ONCE = 1 << 22  # probabilities turned into a distribution function at a time: 32 MB
+# Probabilities turned into a distribution function at a time: 32 MB on a CPU, half a gigabyte on a GPU.
+CPU_BLOCK, GPU_BLOCK = 1 << 22, 1 << 26
 
 
 def uniforms(seed: int, rows: slice, length: int) -> Tensor:
@@ -30,7 +31,7 @@ def uniforms(seed: int, rows: slice, length: int) -> Tensor:
 def sample_labels(logits: Tensor, draws: Tensor) -> Tensor:
     """Labels int64 [B, T] drawn from softmax(logits [B, T, V]) by inverting the distribution at `draws` [B, T]."""
     vocabulary, at = logits.shape[-1], draws.to(logits.device).reshape(-1, 1)
-    step, found = max(AT_ONCE // vocabulary, 1), []
+    step, found = max((CPU_BLOCK if at.device.type == "cpu" else GPU_BLOCK) // vocabulary, 1), []
     for some, drawn in zip(logits.reshape(-1, vocabulary).split(step), at.split(step), strict=True):
         cumulative = some.double().softmax(-1).cumsum_(-1)
         found.append(torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True))
@@ -63,27 +64,31 @@ class PseudoGradients:
         elif labels not in ("sampled", "data"):
             raise ValueError(f"labels={labels!r} is not known; choose 'sampled', 'data' or a tensor int64 [N, T]")
         self.kind = labels
-        self.labels = torch.zeros(total, length, dtype=torch.int64)
+        self.labels = torch.zeros(total, length, dtype=torch.int64, device=self.device)
         self.counted = torch.zeros(total, dtype=torch.int64)
         found, _ = sequence_gradients(model, recorder, first)
         met: dict[tuple[int, bool], str] = {}
         self.leaders = {name: met.setdefault((id(each.inputs), each.bias), name) for name, each in found.items()}
         self._bias = {name: each.bias for name, each in found.items()}
 
-    def read(self, rows: slice) -> tuple[dict[str, TokenGradients], Tensor]:
-        """The batch's token gradients by layer, and which positions count, bool [B, L]."""
-        batch = read_batch(self.sequences, rows, self.device)
+    def read(self, rows: slice) -> tuple[dict[str, TokenGradients], Tensor | None]:
+        """The batch's token gradients by layer, and the places of [B L] that count, int64: None for all."""
+        batch = read_batch(self.sequences, rows)
+        counted = batch.counted  # asked for on the CPU: a GPU would have to be waited for
+        places = None if bool(counted.all()) else counted.flatten().nonzero().flatten().to(self.device)
         names = [f"{rows.start}/{name}" for name in self.leaders]
         if f"{names[0]} g" in self.shelf:
-            return self._kept(rows), batch.counted
-        found, labels = sequence_gradients(self.model, self.recorder, batch, self._labels(rows, batch.length))
-        self.labels[rows], self.counted[rows] = labels.cpu(), batch.counted.sum(1).cpu()
+            return self._kept(rows), places
+        drawn = self._labels(rows, batch.length)
+        batch = Batch(batch.tokens.to(self.device), batch.loss_mask.to(self.device), batch.length)
+        found, labels = sequence_gradients(self.model, self.recorder, batch, drawn)
+        self.labels[rows], self.counted[rows] = labels, counted.sum(1)
         parts = {f"{rows.start}/{self.leaders[name]} a": each.inputs for name, each in found.items()}
         parts |= {f"{rows.start}/{name} g": each.outputs for name, each in found.items()}
         if self.shelf.fits(parts.values()):
             for name, tensor in parts.items():
                 self.shelf.put(name, tensor)
-        return found, batch.counted
+        return found, places
 
     def _kept(self, rows: slice) -> dict[str, TokenGradients]:
         inputs = {
