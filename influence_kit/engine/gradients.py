@@ -7,6 +7,7 @@ starts at the first tracked layer, which makes a pass cheaper than a training st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -70,18 +71,32 @@ class Recorder:
 
         return record
 
-    def gradients(self, loss: Tensor) -> dict[str, TokenGradients]:
+    def gradients(self, loss: Tensor, shape: tuple[int, int]) -> dict[str, TokenGradients]:
         """Token gradients of every tracked layer for a loss computed from the recorded forward pass.
 
-        Half-precision tensors are widened to float32. Raises RuntimeError if a layer did not run.
+        Half-precision tensors are widened to float32; layers that saw [B L, M] (OPT's MLP) are seen as [B, L, M].
+
+        Args:
+            loss: A number.
+            shape: (B, L) of the tokens that went in.
+
+        Raises:
+            ValueError: A layer did not run, or did not run once for every token.
         """
-        missing = set(self.layers) - set(self._outputs)
-        if missing:
-            raise RuntimeError(f"these tracked layers did not run in the forward pass: {', '.join(sorted(missing))}")
+        if missing := sorted(set(self.layers) - set(self._outputs)):
+            raise ValueError(f"these tracked layers did not run in the forward pass: {', '.join(missing)}")
+        for name, output in self._outputs.items():
+            if output.shape[:-1] not in (shape, (math.prod(shape),)):
+                raise ValueError(
+                    f"layer {name!r} gave {list(output.shape)} for {shape[0]} sequences of {shape[1]} tokens, not one row a "
+                    "token (experts that see some of the tokens do so): leave it out with a narrower `layers` pattern"
+                )
         grads = torch.autograd.grad(loss, [self._outputs[name] for name in self.layers])
-        inputs = {id(a): _widened(a.detach()) for a in self._inputs.values()}
+        inputs = {id(a): _widened(a.detach()).view(*shape, a.shape[-1]) for a in self._inputs.values()}
         found = {
-            name: TokenGradients(inputs[id(self._inputs[name])], _widened(g), module.bias is not None)
+            name: TokenGradients(
+                inputs[id(self._inputs[name])], _widened(g).view(*shape, g.shape[-1]), module.bias is not None
+            )
             for (name, module), g in zip(self.layers.items(), grads, strict=True)
         }
         self._forget()
@@ -109,19 +124,28 @@ def sequence_gradients(
     elif labels is None:
         labels = batch.tokens
     losses = sequence_losses(logits, labels[:, 1 : end + 1], batch.loss_mask[:, 1 : end + 1])
-    return recorder.gradients(losses.sum()), labels
+    return recorder.gradients(losses.sum(), (len(batch.tokens), end)), labels
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in evaluation mode with no parameter asking for a gradient; every module's and parameter's own state is
-    restored on leaving."""
+    """The model in evaluation mode with no parameter asking for a gradient, autograd switched on; every module's and
+    parameter's own state is restored on leaving.
+
+    Raises:
+        ValueError: `torch.inference_mode` is on, or was when the model was made: it keeps nothing to differentiate.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("torch.inference_mode keeps nothing to differentiate: call this outside of it")
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError("the model's weights were made under torch.inference_mode: load it outside of it")
     training = [module for module in model.modules() if module.training]
     asking = [p for p in model.parameters() if p.requires_grad]
     for parameter in asking:
         parameter.requires_grad_(False)
     try:
-        yield model.eval()
+        with torch.enable_grad():
+            yield model.eval()
     finally:
         for module in training:
             module.training = True

@@ -121,6 +121,61 @@ def test_layer_that_runs_twice_is_refused():
         model(torch.zeros(1, 3, dtype=torch.long))
 
 
+class Flattening(nn.Module):
+    """A model whose MLP sees [B T, H], as OPT's does, or tokens first."""
+
+    def __init__(self, order: str = "flat"):
+        super().__init__()
+        torch.manual_seed(0)
+        self.order, self.embed = order, nn.Embedding(29, 4)
+        self.mlp = nn.ModuleDict({"up": nn.Linear(4, 6), "down": nn.Linear(6, 4, bias=False)})
+        self.head = nn.Linear(4, 29)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        x = {"flat": x.flatten(0, 1), "tokens first": x.transpose(0, 1), "few": x[:, :2], "given": x}[self.order]
+        x = self.mlp["down"](self.mlp["up"](x).relu())
+        x = {"flat": lambda: x.view(*tokens.shape, 4), "tokens first": lambda: x.transpose(0, 1)}.get(
+            self.order, lambda: x
+        )()
+        return self.head(torch.cat([x, self.embed(tokens)[:, 2:]], 1) if self.order == "few" else x)
+
+
+def test_layers_that_see_all_tokens_in_one_row_count_like_others():
+    data, model = random_sequences(3, padded=True), Flattening()
+    chosen, batch = tracked_layers(model), read_batch(data, slice(0, 3))
+    found = {}
+    for model.order in ("flat", "given"):
+        with frozen(model), Recorder(chosen) as recorder:
+            found[model.order], _ = sequence_gradients(model, recorder, batch)
+    for name in chosen:
+        for one, other in zip(found["flat"][name], found["given"][name]):
+            assert one is other or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("order", ["tokens first", "few"])
+def test_layers_that_see_something_else_are_refused_by_name(order):
+    model = Flattening(order)
+    with (
+        frozen(model),
+        Recorder(tracked_layers(model)) as recorder,
+        pytest.raises(ValueError, match=r"'mlp.up' gave \["),
+    ):
+        sequence_gradients(model, recorder, read_batch(random_sequences(3), slice(0, 3)))
+
+
+def test_no_grad_of_the_caller_is_no_obstacle_and_inference_mode_is_refused():
+    model, data = Flattening(), read_batch(random_sequences(3), slice(0, 3))
+    with torch.no_grad(), frozen(model), Recorder(tracked_layers(model)) as recorder:
+        sequence_gradients(model, recorder, data)
+    with torch.inference_mode(), pytest.raises(ValueError, match="outside of it"), frozen(model):
+        pass
+    with torch.inference_mode():
+        model = Flattening()
+    with pytest.raises(ValueError, match="load it outside"), frozen(model):
+        pass
+
+
 def test_layers_that_read_the_same_tensor_hold_it_once():
     model, data = tiny_model("llama"), random_sequences(2)
     chosen = tracked_layers(model, "all")
