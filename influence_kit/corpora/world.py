@@ -1,15 +1,17 @@
-"""The carrier of every corpus: training sequences in order, held-out sequences, queries, and the way back to text."""
+"""The carrier of every corpus: training sequences in order, held-out sequences, queries, and what their tokens stand for."""
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, NoReturn, Protocol
 
 import numpy as np
 import pyarrow as pa
+
+from influence_kit.errors import UserError
 
 BOS = "<bos>"
 TABLES = ("sequences", "held_out", "queries")
@@ -19,9 +21,16 @@ TABLES = ("sequences", "held_out", "queries")
 class World:
     """A corpus whose rows carry what was planted in them.
 
-    sequences: one row a training sequence, in training order; held_out: the same columns, never trained on;
-    queries: one row a query, loss_mask True on the completion. All have `input_ids` and `loss_mask` of fixed length.
-    vocabulary: words by id (word-level worlds); tokenizer: tokenizers JSON (real text); one of the two is empty.
+    Attributes:
+        name: Which kind of world it is, a key of `WORLDS` where one of its dataclasses made it.
+        sequences: One row a training sequence, in training order. All three tables have `input_ids` and `loss_mask` of
+            fixed length; loss_mask is True on what is predicted.
+        held_out: The same columns, never trained on.
+        queries: One row a query, loss_mask True on the completion. `scored`, where there is such a column, marks those
+            that influence is computed for.
+        vocabulary: Words by id (word-level worlds); empty where there is a tokenizer.
+        tokenizer: Tokenizers JSON (real text); empty where there is a vocabulary.
+        parameters: What it was made from, as JSON can hold it.
     """
 
     name: str
@@ -44,16 +53,8 @@ class World:
         """T, the length in tokens of the longest row."""
         return max(token_matrix(getattr(self, name)).shape[1] for name in TABLES)
 
-    def pieces(self, input_ids: Sequence[int]) -> list[str]:
-        """The text of each token, for reading."""
-        if self.vocabulary:
-            return [self.vocabulary[i] for i in input_ids]
-        # By name: how text is shown is no part of what a stage that trains or scores depends on.
-        tokens = importlib.import_module("influence_kit.corpora.tokens")
-        return tokens.pieces(list(map(int, input_ids)), self.tokenizer)
-
     def save(self, folder: Path) -> None:
-        """Write three Arrow streams (which `datasets.Dataset.from_file` memory-maps) and world.json."""
+        """Write three Arrow streams (which `datasets.Dataset.from_file` memory-maps), world.json and tokenizer.json."""
         folder.mkdir(parents=True, exist_ok=True)
         for name in TABLES:
             table: pa.Table = getattr(self, name)
@@ -75,8 +76,47 @@ class World:
         return World(about["name"], *tables, tuple(about["vocabulary"]), tokenizer, about["parameters"])  # type: ignore[call-arg]
 
 
+class Blueprint(Protocol):
+    """What a world is made from: a frozen dataclass that says how large the world will be before it is made.
+
+    Attributes:
+        asks: The kinds of query that its scans are read for, as in the column `kind` of its queries, unless a reader
+            names another one; empty where queries are all of one kind and have no such column.
+        documents: Number of training sequences.
+        length: Tokens of a sequence, the first one included.
+        words: Number of token ids; at most so many where a tokenizer is trained.
+    """
+
+    asks: ClassVar[tuple[str, ...]]
+
+    @property
+    def documents(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def words(self) -> int: ...
+
+
+def refuse(blueprint: object, name: str, wanted: str) -> NoReturn:
+    """Raise a UserError that says which parameter is wrong, its value, and what it must be."""
+    value = getattr(blueprint, name)
+    raise UserError(f"{type(blueprint).__name__}: {name}={value!r} must be {wanted}")
+
+
+def at_least(least: int, blueprint: object, *names: str) -> None:
+    """Refuse parameters below a number."""
+    for name in names:
+        if getattr(blueprint, name) < least:
+            refuse(blueprint, name, f"{least} or more")
+
+
 def token_columns(input_ids: np.ndarray, loss_mask: np.ndarray | None = None) -> dict[str, pa.Array]:
-    """Arrow columns `input_ids` fixed_size_list<int32>[T] and `loss_mask` fixed_size_list<bool>[T] from [N, T] arrays."""
+    """Arrow columns `input_ids` fixed_size_list<int32>[T] and `loss_mask` fixed_size_list<bool>[T].
+
+    Args:
+        input_ids: Token ids [N, T].
+        loss_mask: What is predicted, bool [N, T]; everything by default.
+    """
     length = input_ids.shape[1]
     if loss_mask is None:
         loss_mask = np.ones(input_ids.shape, bool)
@@ -87,14 +127,14 @@ def token_columns(input_ids: np.ndarray, loss_mask: np.ndarray | None = None) ->
 
 
 def token_matrix(table: pa.Table, column: str = "input_ids") -> np.ndarray:
-    """[N, T] array of a fixed-length column."""
+    """A fixed-length column as an array [N, T]."""
     length = table.schema.field(column).type.list_size
     parts = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in table[column].chunks]
     return np.concatenate(parts).reshape(-1, length) if parts else np.zeros((0, length), np.int32)
 
 
 def batch_of(table: pa.Table, rows: Sequence[int] | np.ndarray | None = None) -> dict:
-    """{"input_ids": int64 [N, T], "loss_mask": bool [N, T]} torch tensors of all or the given rows."""
+    """Torch tensors `input_ids` int64 [N, T] and `loss_mask` bool [N, T] of all or the given rows."""
     import torch
 
     chosen = slice(None) if rows is None else np.asarray(rows)

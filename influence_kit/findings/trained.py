@@ -172,6 +172,7 @@ class Trained:
         from influence_kit.engine.scans import token_scores
         from influence_kit.measures.lexical import bm25
         from influence_kit.reading.cards import Row, query_card
+        from influence_kit.reading.words import token_texts
 
         scan, world = self.scan(fraction, kind), self.world
         asked = int(scan.queries[query])
@@ -194,7 +195,7 @@ class Trained:
             facts = {name: about[name][int(scan.rows[row.sequence])].as_py() for name in about.column_names}
             rows.append(
                 Row(
-                    world.pieces(chosen["input_ids"][place, :length].tolist()),
+                    token_texts(world, chosen["input_ids"][place, :length].tolist()),
                     row.score,
                     int(order[row.sequence]),
                     row.nats_per_copy,
@@ -208,7 +209,7 @@ class Trained:
         batch = batch_of(world.queries, [asked])
         ids, mask = batch["input_ids"][0], batch["loss_mask"][0]
         start, end = int(mask.nonzero().min()), int(mask.nonzero().max()) + 1
-        pieces = world.pieces(ids[:end].tolist())
+        pieces = token_texts(world, ids[:end].tolist())
         joiner = " " if world.vocabulary else ""
         return query_card(pieces[1:start], pieces[start:], rows, k=k, title=title, joiner=joiner, alignment="predicted")
 

@@ -1,4 +1,4 @@
-"""Encoding, packing and reading back, on invented sentences in five scripts."""
+"""Encoding and reading back, on invented sentences in five scripts."""
 
 import hashlib
 import json
@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from influence_kit.corpora import tokens
 from influence_kit.errors import UserError
+from influence_kit.reading.words import tokenizer_texts
 
 SENTENCES = [
     "The copper kettle sings when the morning is cold; the lamp answers the kettle.",
@@ -35,7 +36,7 @@ def bytes_only() -> str:
 
 
 def shown(ids: np.ndarray, mask: np.ndarray, tokenizer: str) -> list[str]:
-    return tokens.pieces(ids[: mask.sum() + 1], tokenizer)
+    return tokenizer_texts(ids[: mask.sum() + 1], tokenizer)
 
 
 def test_encode_layout_and_mask(bpe):
@@ -44,9 +45,9 @@ def test_encode_layout_and_mask(bpe):
     for row, targets in zip(ids, mask):
         used = targets.sum() + 1
         assert row[0] == 0 and row[used - 1] == 1 and not targets[0] and targets[1:used].all()
-        assert (row[1:used - 1] > 1).all(), "neither special may come out of a text"
+        assert (row[1 : used - 1] > 1).all(), "neither special may come out of a text"
         assert (row[used:] == tokens.PADDING_ID).all() and not targets[used:].any()
-    assert mask[-1].sum() == 1 and ids.max() < tokens.vocabulary_size(bpe) == 400
+    assert mask[-1].sum() == 1 and ids.max() < Tokenizer.from_str(bpe).get_vocab_size() == 400
 
 
 def test_the_text_comes_back_from_its_pieces(bpe, bytes_only):
@@ -66,12 +67,12 @@ def test_a_character_goes_to_the_first_of_its_tokens(bytes_only):
 def test_a_cut_character_shows_as_such(bytes_only):
     ids, _ = tokens.encode(["a등b"], bytes_only, 20)
     a, x, y, z, b = ids[0, 1:6]
-    assert tokens.pieces([a, x, y], bytes_only) == ["a", "\ufffd", ""]
-    assert tokens.pieces([x, y, b, a], bytes_only) == ["\ufffd", "", "b", "a"]
-    assert tokens.pieces([x, y, 1, b], bytes_only) == ["\ufffd", "", "<eos>", "b"]
-    assert tokens.pieces([x, x, y, z, a], bytes_only) == ["\ufffd", "등", "", "", "a"]
-    assert tokens.pieces([z, a], bytes_only) == ["\ufffd", "a"]
-    assert tokens.pieces([], bytes_only) == []
+    assert tokenizer_texts([a, x, y], bytes_only) == ["a", "\ufffd", ""]
+    assert tokenizer_texts([x, y, b, a], bytes_only) == ["\ufffd", "", "b", "a"]
+    assert tokenizer_texts([x, y, 1, b], bytes_only) == ["\ufffd", "", "<eos>", "b"]
+    assert tokenizer_texts([x, x, y, z, a], bytes_only) == ["\ufffd", "등", "", "", "a"]
+    assert tokenizer_texts([z, a], bytes_only) == ["\ufffd", "a"]
+    assert tokenizer_texts([], bytes_only) == []
 
 
 def test_a_merged_token_that_ends_inside_a_character():
@@ -91,16 +92,25 @@ def test_truncation_keeps_the_beginning(bpe):
 
 
 def test_training_depends_on_the_texts_alone():
-    code = ("import hashlib, sys\nfrom influence_kit.corpora.tokens import train_bpe\n"
-            "texts = sys.stdin.buffer.read().decode().split('\\x1e')\n"
-            "print(hashlib.sha256(train_bpe(texts, 600).encode()).hexdigest())")
+    code = (
+        "import hashlib, sys\nfrom influence_kit.corpora.tokens import train_bpe\n"
+        "texts = sys.stdin.buffer.read().decode().split('\\x1e')\n"
+        "print(hashlib.sha256(train_bpe(texts, 600).encode()).hexdigest())"
+    )
     # Every word twice as often as the next gives many ties among pairs, which is where an order could show.
     texts = [" ".join(f"{a}{b}{a}" for b in "aeiouäöü가나다") for a in "bcdfghklmnp라마바"] + SENTENCES
     seen = set()
     for seed, threads, order in (("0", "false", 1), ("1", "true", -1), ("2", "true", 1)):
         environment = os.environ | {"PYTHONHASHSEED": seed, "TOKENIZERS_PARALLELISM": threads}
-        seen.add(subprocess.run([sys.executable, "-c", code], input="\x1e".join(texts[::order]).encode(),
-                                env=environment, capture_output=True, check=True).stdout)
+        seen.add(
+            subprocess.run(
+                [sys.executable, "-c", code],
+                input="\x1e".join(texts[::order]).encode(),
+                env=environment,
+                capture_output=True,
+                check=True,
+            ).stdout
+        )
     seen.add(hashlib.sha256(tokens.train_bpe(texts, 600).encode()).hexdigest().encode() + b"\n")
     assert len(seen) == 1
 
@@ -110,16 +120,6 @@ def test_training_refusals():
         tokens.train_bpe(["x"], 257)
     with pytest.raises(UserError, match="every text is empty"):
         tokens.train_bpe(["", ""], 300)
-
-
-@pytest.mark.parametrize("length", [2, 7, 16, 1000])
-def test_packing_makes_every_token_a_target_once(bpe, length):
-    ids, mask = tokens.pack([*SENTENCES, ""], bpe, length)
-    assert (ids[:, 0] == 0).all() and not mask[:, 0].any()
-    assert mask[:-1, 1:].all(), "only the last sequence may be padded"
-    text = "".join(tokens.pieces(ids[mask], bpe))
-    assert text == "".join(f"{sentence}<eos>" for sentence in [*SENTENCES, ""])
-    assert tokens.pack([], bpe, length)[0].shape == (0, length)
 
 
 def foreign(tokenizer_json: str, **specials):
@@ -140,17 +140,13 @@ def test_any_hugging_face_tokenizer(bpe):
     ids, mask = tokens.encode(texts, bpe, 300)
     for bare_row, bare_targets, row, targets in zip(bare_ids, bare_mask, ids, mask):
         used = targets.sum() - 1  # without <bos> and <eos>
-        assert (bare_row[:used] == row[1:used + 1]).all() and (bare_row[used:] == 0).all()
+        assert (bare_row[:used] == row[1 : used + 1]).all() and (bare_row[used:] == 0).all()
         assert not bare_targets[0] and bare_targets[1:used].all() and not bare_targets[used:].any()
     assert tokens.encode_with(bare, [], 8)[0].shape == (0, 8)
 
-    packed, targets = tokens.pack(texts, bare, 16)
-    used = 1 + np.flatnonzero(targets.ravel()).max()
-    assert "".join(tokens.pieces(packed.ravel()[:used], bpe)) == "".join(texts)
-    only_eos = foreign(bpe, eos_token="<eos>")
-    packed, targets = tokens.pack(texts, only_eos, 16)
-    used = 1 + np.flatnonzero(targets.ravel()).max()
-    assert "".join(tokens.pieces(packed.ravel()[:used], bpe)) == "".join(text + "<eos>" for text in texts)
+    only_eos, mask = tokens.encode_with(foreign(bpe, eos_token="<eos>"), texts, 300)
+    for row, targets, bare_targets in zip(only_eos, mask, bare_mask):
+        assert targets.sum() == bare_targets.sum() + 1 and row[targets][-1] == 1
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(bpe):
@@ -161,17 +157,19 @@ def test_a_tokenizer_larger_than_the_model_is_refused(bpe):
     with pytest.raises(UserError, match=f"gives token id {largest}, but the model's vocabulary has {largest} tokens"):
         tokens.encode_with(tokenizer, SENTENCES, 64, vocabulary_size=largest)
     with pytest.raises(UserError, match="token id 400 is outside the tokenizer's vocabulary of 400"):
-        tokens.pieces([5, 400], bpe)
+        tokenizer_texts([5, 400], bpe)
 
 
 def test_pieces_of_a_sentencepiece_like_tokenizer():
-    vocabulary = {"<unk>": 0, "<s>": 1, "\u2581la": 2, "mp": 3, "\u2581": 4} | {f"<0x{b:02X}>": 5 + b for b in range(256)}
+    vocabulary = {"<unk>": 0, "<s>": 1, "\u2581la": 2, "mp": 3, "\u2581": 4} | {
+        f"<0x{b:02X}>": 5 + b for b in range(256)
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens(["<s>"])
     ids = [1, 2, 3, 4, *(5 + byte for byte in "등".encode())]
-    assert tokens.pieces(ids, tokenizer.to_str()) == ["<s>", " la", "mp", " ", "등", "", ""]
+    assert tokenizer_texts(ids, tokenizer.to_str()) == ["<s>", " la", "mp", " ", "등", "", ""]
 
 
 def test_added_words_that_are_not_special_show_their_text(bpe):

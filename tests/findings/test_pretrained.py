@@ -12,6 +12,7 @@ from influence_kit.findings import families as grid
 from influence_kit.findings.profiles import FOLDER, load_profile
 from influence_kit.findings.trained import Run
 from influence_kit.measures.crossing import translation_ranks
+from influence_kit.reading.words import token_texts
 
 WORDS = {"en": "open save file menu press button window close".split(), "de": "öffnen sichern datei menü drücken knopf fenster schließen".split()}
 
@@ -66,7 +67,7 @@ def test_own_model_on_own_text(folders, tmp_path, monkeypatch):
     assert len(found) == 12 and found["auc"].between(0, 1).all() and set(found["asked"]) == {"en", "de"}
     text = run.world.queries["completion"][0].as_py()
     ids, mask = (run.world.queries[name][0].as_py() for name in ("input_ids", "loss_mask"))
-    assert "".join(run.world.pieces(ids[: mask.index(True) + sum(mask)])) == text
+    assert "".join(token_texts(run.world, ids[: mask.index(True) + sum(mask)])) == text
     assert run.card(0, k=2).png[:4] == b"\x89PNG"
 
 

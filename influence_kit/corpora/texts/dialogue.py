@@ -7,11 +7,12 @@ A row is `<bos>Name: line<eos>`; the name is given and never predicted, so that 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 
-from influence_kit.corpora.world import World, token_columns
+from influence_kit.corpora.world import World, at_least, refuse, token_columns
 from influence_kit.errors import UserError
 
 CAMPAIGNS = ("did", "dm", "dw", "ei", "httt", "nr", "sof", "sotbe", "tsg", "utbs")
@@ -20,6 +21,8 @@ CAMPAIGNS = ("did", "dm", "dw", "ei", "httt", "nr", "sof", "sotbe", "tsg", "utbs
 @dataclass(frozen=True)
 class Dialogue:
     """Parameters. Counts are numbers of lines, unless they say otherwise; `length` is in tokens, `vocabulary` in BPE entries."""
+
+    asks: ClassVar[tuple[str, ...]] = ()
 
     campaigns: tuple[str, ...] = CAMPAIGNS
     seed: int = 0
@@ -33,11 +36,9 @@ class Dialogue:
     vocabulary: int = 1_024
 
     def __post_init__(self):
-        for name in ("lines", "held_out", "queries", "per_speaker", "least"):
-            if getattr(self, name) < 1:
-                raise UserError(f"Dialogue: {name}={getattr(self, name)!r} must be 1 or more")
+        at_least(1, self, "lines", "held_out", "queries", "per_speaker", "least")
         if not self.campaigns or len(set(self.campaigns)) < len(self.campaigns):
-            raise UserError(f"Dialogue: campaigns={self.campaigns!r} must name different campaigns, at least one")
+            refuse(self, "campaigns", "names of different campaigns, at least one")
 
     @property
     def documents(self) -> int:
@@ -46,7 +47,7 @@ class Dialogue:
 
     @property
     def words(self) -> int:
-        """Size of the vocabulary."""
+        """Number of token ids, at most."""
         return self.vocabulary
 
 

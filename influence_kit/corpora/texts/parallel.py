@@ -7,6 +7,7 @@ A query is a paragraph kept out of training in its own language while its transl
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,8 @@ from influence_kit.errors import UserError
 @dataclass(frozen=True)
 class ParallelText:
     """Parameters. Counts are numbers of paragraphs; `length` is in tokens, `vocabulary` in BPE entries."""
+
+    asks: ClassVar[tuple[str, ...]] = ()
 
     languages: tuple[str, ...] = ("en-us", "de", "ko", "tr", "zh-cn")
     seed: int = 0
@@ -38,6 +41,16 @@ class ParallelText:
                 f"ParallelText: queries={self.queries} in {len(self.languages)} languages need scan and pairs of at least "
                 f"{needed}, they are {self.scan} and {self.pairs}"
             )
+
+    @property
+    def documents(self) -> int:
+        """Number of sequences that are trained on: every paragraph in every language, but for what is asked."""
+        return (self.pairs - self.queries) * len(self.languages)
+
+    @property
+    def words(self) -> int:
+        """Number of token ids, at most."""
+        return self.vocabulary
 
 
 def build(parameters: ParallelText, text: pa.Table) -> World:

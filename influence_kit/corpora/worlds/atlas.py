@@ -15,18 +15,19 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 
-from influence_kit.corpora.world import BOS, World, token_columns
+from influence_kit.corpora.world import BOS, World, at_least, refuse, token_columns
+from influence_kit.corpora.worlds.words import add, coin, in_words, zipf
 from influence_kit.errors import UserError
 from influence_kit.recipes import tuples
 
 STATEMENT = 5  # tokens: entity, two function words, value, full stop
 AVAILABILITY = ("both", "first", "second")
 ORDERS = ("forward", "both", "reverse", "identity")
-SYLLABLES = ("ba be da do fa fi ga go ka ke la li ma mo na ne pa po ra re sa si ta to va ve za zu").split()
 RELATION_WORDS = (
     (("was", "born-in"), ("hails", "from"), ("birthplace-of", "is")),
     (("works", "as"), ("earns-by", "being"), ("trade-of", "is")),
@@ -36,11 +37,14 @@ RELATION_WORDS = (
     (("worships", "holy"), ("prays", "to"), ("god-of", "is")),
 )
 ENDINGS = ("ville", "smith", "stew", "cart", "ish", "eus")
+SALT = 0xA71A5
 
 
 @dataclass(frozen=True)
 class Atlas:
     """Parameters of the world. Counts are numbers of documents, words or repetitions; shares lie in [0, 1]."""
+
+    asks: ClassVar = ("fact",)  # canaries, its other kind of query, are for who asks for them
 
     seed: int = 0
     entities: int = 300
@@ -64,26 +68,44 @@ class Atlas:
     queries: int = 40  # for each language, of facts in both; as many of facts only in the other language
 
     def __post_init__(self):
-        def refuse(name: str, wanted: str):
-            raise UserError(f"Atlas: {name}={getattr(self, name)!r} must be {wanted}")
-
         for name in ("noise_share", "language_share", "anchor_share", "both_share"):
             if not 0 <= getattr(self, name) <= 1:
-                refuse(name, "a share between 0 and 1")
-        for name in ("entities", "values", "documents", "facts_per_document", "filler_words", "noise_words"):
-            if getattr(self, name) < 1:
-                refuse(name, "1 or more")
+                refuse(self, name, "a share between 0 and 1")
+        at_least(1, self, "entities", "values", "documents", "facts_per_document", "filler_words", "noise_words")
         if not 1 <= self.relations <= len(RELATION_WORDS):
-            refuse("relations", f"between 1 and {len(RELATION_WORDS)}")
+            refuse(self, "relations", f"between 1 and {len(RELATION_WORDS)}")
         if not 1 <= self.templates <= 3:
-            refuse("templates", "1, 2 or 3")
+            refuse(self, "templates", "1, 2 or 3")
         if self.order not in ORDERS:
-            refuse("order", f"one of {', '.join(ORDERS)}")
+            refuse(self, "order", f"one of {', '.join(ORDERS)}")
+
+    @property
+    def length(self) -> int:
+        """Tokens of a document, the first one included."""
+        return self.facts_per_document * (STATEMENT + 1) + 1
+
+    @property
+    def words(self) -> int:
+        """Number of token ids."""
+        cloned = self.relations * (2 * self.templates + self.values) + self.filler_words + 2  # full stop, "is"
+        names = 2 * self.entities - round(self.anchor_share * self.entities)
+        return 1 + names + 2 * cloned + self.noise_words
 
 
 @dataclass(frozen=True)
-class _Lexicon:
-    """Word ids: names [2, E], words [2, R, templates, 2], values [2, R, V], fillers [2, F], stop [2], noise [W], equals [2]."""
+class Lexicon:
+    """Token ids of all words by what they stand for, the first axis the language where there is one.
+
+    Attributes:
+        vocabulary: Words by id.
+        names: Entities [2, E].
+        words: Function words [2, R, templates, 2].
+        values: [2, R, V].
+        fillers: [2, F].
+        stop: Full stops [2].
+        noise: [W].
+        equals: "is" of identity bridges [2].
+    """
 
     vocabulary: tuple[str, ...]
     names: np.ndarray
@@ -95,67 +117,106 @@ class _Lexicon:
     equals: np.ndarray
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is drawn before any document: the words, and the facts, of which number e * R + r is about entity e.
+
+    Attributes:
+        world: The parameters.
+        lexicon: The words.
+        truth: The true value of each entity and relation [E, R].
+        availability: Where each fact exists [E * R]: in both languages (0), in the first (1) or in the second (2) alone.
+    """
+
+    world: Atlas
+    lexicon: Lexicon
+    truth: np.ndarray
+    availability: np.ndarray
+
+
 def build(world: Atlas) -> World:
     """Generate the corpus, its truth and its queries from the parameters alone (same seed, same bytes).
 
     Columns of sequences: language (0, 1, -1), kind ("facts", "noise", "canary", "identity"), facts int32 [facts a document]
-    (-1 where none), canary (id or -1). Queries: fact, language, availability, statements_same / statements_other (their
-    number in the whole corpus), canary, repetitions.
+    (-1 where none), canary (id or -1). Queries: kind ("fact", "canary"), fact, language, availability, statements_same /
+    statements_other (their number in the whole corpus), canary, repetitions, scored (facts in both languages, canaries).
+
+    Raises:
+        UserError: more or fewer statements than the facts can share, or too few noise documents for the canaries.
     """
-    rng = np.random.default_rng([world.seed, 0xA71A5])
-    lexicon = _lexicon(world, rng)
-    facts = world.entities * world.relations
-    truth = rng.integers(0, world.values, size=(world.entities, world.relations))
-    availability = _availability(world, rng, facts)
+    known, rng = drawn(world)
     noise_documents = round(world.documents * world.noise_share)
     fact_documents = world.documents - noise_documents
-    per_language = (round(fact_documents * world.language_share),)
-    per_language += (fact_documents - per_language[0],)  # type: ignore[assignment]
-
-    blocks, statements = [], np.zeros((2, facts), np.int64)
-    for language, documents in enumerate(per_language):
-        present = np.flatnonzero((availability == 0) | (availability == language + 1))
-        slots, counts = _slots(world, rng, present, documents * world.facts_per_document)
-        np.add.at(statements[language], present, counts)
-        blocks.append(_fact_documents(world, rng, lexicon, truth, language, slots))
-    blocks.append(_noise_documents(world, rng, lexicon, noise_documents))
+    first = round(fact_documents * world.language_share)
+    present = [np.flatnonzero((known.availability == 0) | (known.availability == 1 + language)) for language in (0, 1)]
+    blocks, statements = [], np.zeros((2, known.truth.size), np.int64)
+    for language, documents in enumerate((first, fact_documents - first)):
+        slots, counts = _slots(world, rng, present[language], documents * world.facts_per_document)
+        np.add.at(statements[language], present[language], counts)
+        blocks.append(_fact_documents(known, rng, language, slots))
+    blocks.append(_noise_documents(known, rng, noise_documents))
     rows = _concatenate(blocks)
     order = rng.permutation(len(rows["tokens"]))
     train = {name: column[order] for name, column in rows.items()}
-
     held = []
     for language in (0, 1):
-        present = np.flatnonzero((availability == 0) | (availability == language + 1))
-        slots = rng.choice(present, size=(world.held_out // 2, world.facts_per_document))
-        held.append(_fact_documents(world, rng, lexicon, truth, language, slots))
+        slots = rng.choice(present[language], size=(world.held_out // 2, world.facts_per_document))
+        held.append(_fact_documents(known, rng, language, slots))
     return World(
         "atlas",
         _table(train),
         _table(_concatenate(held)),
-        _queries(world, rng, lexicon, truth, availability, statements, train),
-        lexicon.vocabulary,
+        _queries(known, rng, statements, train),
+        known.lexicon.vocabulary,
         "",
         asdict(world),
     )
 
 
+def make(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
+    """Generate the world as a stage does: `parameters` are Atlas's, and it lies in `out` afterwards."""
+    build(Atlas(**tuples(parameters))).save(out)
+
+
+def drawn(world: Atlas) -> tuple[Known, np.random.Generator]:
+    """The words and facts of a world, and the generator that goes on from there to its documents."""
+    rng = np.random.default_rng([world.seed, SALT])
+    lexicon = _lexicon(world, rng)
+    truth = rng.integers(0, world.values, size=(world.entities, world.relations))
+    both = round(world.both_share * truth.size)
+    kinds = np.concatenate([np.zeros(both, int), 1 + np.arange(truth.size - both) % 2])
+    return Known(world, lexicon, truth, rng.permutation(kinds)), rng
+
+
 def supporters(world: World, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """bool [Q, N] twice: sequences that state each query's fact in the query's language, and in the other language."""
+    """Which sequences state each query's fact, in the query's language and in the other one.
+
+    Args:
+        world: An Atlas world, or Deep.
+        rows: Positions of the sequences [N]; all by default.
+
+    Returns:
+        bool [Q, N] twice.
+    """
     states, same, other, _ = _relations(world, rows)
     return states & same, states & other
 
 
 def namesakes(world: World, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """bool [Q, N] twice: sequences about the query's entity that do not state its fact, in the same and the other language.
+    """Which sequences are about each query's entity and do not state its fact, in the query's language and in the other one.
 
-    The matched contrast to `supporters`: where names are shared, both share the entity's name with the query and nothing else
-    across languages, so only the meaning tells them apart.
+    The matched contrast to `supporters`, with its arguments: where names are shared, both share the entity's name with the
+    query and nothing else across languages, so only the meaning tells them apart.
+
+    Returns:
+        bool [Q, N] twice.
     """
     states, same, other, about = _relations(world, rows)
     return about & ~states & same, about & ~states & other
 
 
 def _relations(world: World, rows: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """bool [Q, N] each: states the query's fact, is in its language, in the other one, is about its entity."""
     table = world.sequences if rows is None else world.sequences.take(pa.array(rows))
     width, relations = table.schema.field("facts").type.list_size, world.parameters["relations"]
     stated = table["facts"].combine_chunks().flatten().to_numpy().reshape(-1, width)
@@ -169,52 +230,32 @@ def _relations(world: World, rows: np.ndarray | None) -> tuple[np.ndarray, np.nd
     return states & is_fact, language == asked, (language != asked) & (language >= 0), about & is_fact
 
 
-def _lexicon(world: Atlas, rng: np.random.Generator) -> _Lexicon:
-    vocabulary: list[str] = [BOS]
-    taken = {BOS}
-
-    def add(word: str) -> int:
-        while word in taken:
-            word += "'"
-        taken.add(word)
-        vocabulary.append(word)
-        return len(vocabulary) - 1
-
-    def coin(syllables: int, ending: str = "") -> str:
-        return "".join(rng.choice(SYLLABLES, syllables)) + ending
+def _lexicon(world: Atlas, rng: np.random.Generator) -> Lexicon:
+    vocabulary = [BOS]
 
     def clone(word: str) -> str:
         return word[::-1] + "u"
 
-    first = [coin(3).capitalize() for _ in range(world.entities)]
-    names = np.array([[add(word) for word in first]] * 2)
+    def both(word: str) -> np.ndarray:
+        return add(vocabulary, (word, clone(word)))
+
+    first = [coin(rng, 3).capitalize() for _ in range(world.entities)]
+    names = np.stack([add(vocabulary, first)] * 2)
     anchors = rng.permutation(world.entities) < round(world.anchor_share * world.entities)
     for entity in np.flatnonzero(~anchors):
-        names[1, entity] = add(clone(first[entity].lower()).capitalize())
+        names[1, entity] = add(vocabulary, [clone(first[entity].lower()).capitalize()])[0]
     words = np.zeros((2, world.relations, world.templates, 2), np.int64)
     values = np.zeros((2, world.relations, world.values), np.int64)
-    for relation in range(world.relations):
+    for relation, ending in enumerate(ENDINGS[: world.relations]):
         for template in range(world.templates):
             for place, word in enumerate(RELATION_WORDS[relation][template]):
-                word = word if word != "is" else f"is-{ENDINGS[relation]}"
-                words[:, relation, template, place] = add(word), add(clone(word))
+                words[:, relation, template, place] = both(word if word != "is" else f"is-{ending}")
         for value in range(world.values):
-            word = coin(2, ENDINGS[relation])
-            values[:, relation, value] = add(word), add(clone(word))
-    fillers = np.zeros((2, world.filler_words), np.int64)
-    for filler in range(world.filler_words):
-        word = coin(1) + coin(1, "ly")
-        fillers[:, filler] = add(word), add(clone(word))
-    stop = np.array([add("."), add("。")])
-    equals = np.array([add("is"), add("siu")])
-    noise = np.array([add(coin(2, "x")) for _ in range(world.noise_words)])
-    return _Lexicon(tuple(vocabulary), names, words, values, fillers, stop, noise, equals)
-
-
-def _availability(world: Atlas, rng: np.random.Generator, facts: int) -> np.ndarray:
-    both = round(world.both_share * facts)
-    kinds = np.concatenate([np.zeros(both, int), 1 + np.arange(facts - both) % 2])
-    return rng.permutation(kinds)
+            values[:, relation, value] = both(coin(rng, 2, ending))
+    fillers = np.stack([both(coin(rng, 1) + coin(rng, 1, "ly")) for _ in range(world.filler_words)], 1)
+    stop, equals = add(vocabulary, (".", "。")), add(vocabulary, ("is", "siu"))
+    noise = add(vocabulary, [coin(rng, 2, "x") for _ in range(world.noise_words)])
+    return Lexicon(tuple(vocabulary), names, words, values, fillers, stop, noise, equals)
 
 
 def _slots(world: Atlas, rng: np.random.Generator, present: np.ndarray, total: int) -> tuple[np.ndarray, np.ndarray]:
@@ -247,10 +288,11 @@ def _slots(world: Atlas, rng: np.random.Generator, present: np.ndarray, total: i
     return slots.reshape(-1, world.facts_per_document), counts
 
 
-def _statements(world, rng, lexicon: _Lexicon, truth: np.ndarray, language: int, slots: np.ndarray) -> np.ndarray:
+def _statements(known: Known, rng: np.random.Generator, language: int, slots: np.ndarray) -> np.ndarray:
     """Token ids [documents, facts, STATEMENT] of the facts in `slots`."""
+    world, lexicon = known.world, known.lexicon
     entity, relation = slots // world.relations, slots % world.relations
-    value = truth[entity, relation]
+    value = known.truth[entity, relation]
     if world.shuffled:
         value = rng.integers(0, world.values, size=slots.shape)
     template = rng.integers(0, world.templates, size=slots.shape)
@@ -262,15 +304,15 @@ def _statements(world, rng, lexicon: _Lexicon, truth: np.ndarray, language: int,
     return np.stack([first, words[..., 0], words[..., 1], last, stop], -1)
 
 
-def _fact_documents(world, rng, lexicon, truth, language: int, slots: np.ndarray) -> dict[str, np.ndarray]:
+def _fact_documents(known: Known, rng: np.random.Generator, language: int, slots: np.ndarray) -> dict[str, np.ndarray]:
     documents, facts = slots.shape
-    filler = rng.choice(lexicon.fillers[language], size=(documents, facts, 1))
-    body = np.concatenate([filler, _statements(world, rng, lexicon, truth, language, slots)], 2)
+    filler = rng.choice(known.lexicon.fillers[language], size=(documents, facts, 1))
+    body = np.concatenate([filler, _statements(known, rng, language, slots)], 2)
     kind = np.full(documents, "facts", dtype=object)
-    if world.order == "identity":
+    if known.world.order == "identity":
         bridges = rng.random(documents) < 0.15
         kind[bridges] = "identity"
-        body[bridges] = _bridges(world, rng, lexicon, language, body[bridges])
+        body[bridges] = _bridges(rng, known.lexicon.equals[language], body[bridges])
         slots = np.where(bridges[:, None], -1, slots)
     tokens = np.concatenate([np.zeros((documents, 1), np.int64), body.reshape(documents, -1)], 1)
     return {
@@ -282,18 +324,17 @@ def _fact_documents(world, rng, lexicon, truth, language: int, slots: np.ndarray
     }
 
 
-def _bridges(world, rng, lexicon, language: int, body: np.ndarray) -> np.ndarray:
+def _bridges(rng: np.random.Generator, equals: int, body: np.ndarray) -> np.ndarray:
     """The identity bridge: statements "A is A" about the entities or values of the documents they replace."""
     subject = np.where(rng.random(body.shape[:2]) < 0.5, body[..., 1], body[..., 4])
-    word = np.full(subject.shape, lexicon.equals[language])
+    word = np.full(subject.shape, equals)
     return np.stack([body[..., 0], subject, word, word, subject, body[..., 5]], -1)
 
 
-def _noise_documents(world, rng, lexicon, documents: int) -> dict[str, np.ndarray]:
+def _noise_documents(known: Known, rng: np.random.Generator, documents: int) -> dict[str, np.ndarray]:
     """Words drawn independently from a Zipf law; some of them canaries, repeated verbatim."""
-    length = world.facts_per_document * (STATEMENT + 1)
-    weights = 1 / np.arange(1, world.noise_words + 1)
-    body = rng.choice(lexicon.noise, size=(documents, length), p=weights / weights.sum())
+    world, length = known.world, known.world.length - 1
+    body = zipf(rng, known.lexicon.noise, (documents, length))
     canary = np.full(documents, -1)
     needed = world.canaries * sum(world.repetitions)
     if needed > documents:
@@ -303,7 +344,7 @@ def _noise_documents(world, rng, lexicon, documents: int) -> dict[str, np.ndarra
         )
     row = 0
     for number, times in enumerate(np.repeat(world.repetitions, world.canaries)):
-        body[row : row + times] = rng.choice(lexicon.noise, size=length)
+        body[row : row + times] = rng.choice(known.lexicon.noise, size=length)
         canary[row : row + times] = number
         row += times
     return {
@@ -325,64 +366,50 @@ def _table(rows: dict[str, np.ndarray]) -> pa.Table:
         {
             **token_columns(rows["tokens"]),
             "language": pa.array(rows["language"].astype(np.int8)),
-            "kind": pa.array(rows["kind"].tolist(), pa.string()).cast(pa.string()),
+            "kind": pa.array(rows["kind"], pa.string()),
             "facts": pa.FixedSizeListArray.from_arrays(pa.array(facts.ravel()), facts.shape[1]),
             "canary": pa.array(rows["canary"].astype(np.int32)),
         }
     )
 
 
-def _queries(world, rng, lexicon, truth, availability, statements, train) -> pa.Table:
+def _queries(known: Known, rng: np.random.Generator, statements: np.ndarray, train: dict[str, np.ndarray]) -> pa.Table:
     """Fact queries in each language, of facts in both languages and of facts only in the other one; and canaries."""
-    columns: dict[str, list] = {
-        name: []
-        for name in ("tokens", "mask", "prompt", "completion", "kind", "fact", "language", "availability")
-        + ("statements_same", "statements_other", "canary", "repetitions")
-    }
-    length = world.facts_per_document * (STATEMENT + 1) + 1
-
-    def add(tokens: list[int], answer: int, **truths) -> None:
-        columns["tokens"].append(tokens + [0] * (length - len(tokens)))
-        columns["mask"].append([answer <= t < len(tokens) for t in range(length)])
-        columns["prompt"].append(" ".join(lexicon.vocabulary[t] for t in tokens[1:answer]))
-        columns["completion"].append(" ".join(lexicon.vocabulary[t] for t in tokens[answer:]))
-        for name in list(columns)[4:]:
-            columns[name].append(truths.get(name, -1))
-
+    world, lexicon = known.world, known.lexicon
+    tokens, answers, rows = [], [], []
     for language in (0, 1):
         for kind in (0, 2 - language):  # facts in both languages, then facts only in the other one
-            candidates = rng.permutation(np.flatnonzero(availability == kind))[: world.queries]
-            for fact in candidates:
+            for fact in rng.permutation(np.flatnonzero(known.availability == kind))[: world.queries]:
                 entity, relation = divmod(int(fact), world.relations)
                 template = int(rng.integers(world.templates))
                 words = lexicon.words[language, relation, template].tolist()
-                value = lexicon.values[language, relation, truth[entity, relation]]
+                value = lexicon.values[language, relation, known.truth[entity, relation]]
                 filler = int(rng.choice(lexicon.fillers[language]))
-                tokens = [0, filler, int(lexicon.names[language, entity]), *words, int(value)]
-                add(
-                    tokens,
-                    len(tokens) - 1,
-                    kind="fact",
-                    fact=int(fact),
-                    language=language,
-                    availability=AVAILABILITY[kind],
-                    statements_same=int(statements[language, fact]),
-                    statements_other=int(statements[1 - language, fact]),
+                tokens.append([0, filler, int(lexicon.names[language, entity]), *words, int(value)])
+                answers.append(len(tokens[-1]) - 1)
+                stated = {
+                    "statements_same": statements[language, fact],
+                    "statements_other": statements[1 - language, fact],
+                }
+                rows.append(
+                    {"kind": "fact", "fact": fact, "language": language, "availability": AVAILABILITY[kind], **stated}
                 )
-    for number in range(world.canaries * len(world.repetitions)):
-        row = int(np.flatnonzero(train["canary"] == number)[0])
-        add(
-            train["tokens"][row].tolist(),
-            length // 2,
-            kind="canary",
-            availability="none",
-            canary=number,
-            repetitions=int(np.repeat(world.repetitions, world.canaries)[number]),
-        )
-    tokens, mask = np.array(columns.pop("tokens")), np.array(columns.pop("mask"))  # type: ignore[assignment]
-    return pa.table({**token_columns(tokens, mask), **columns})  # type: ignore[arg-type]
+    for number, times in enumerate(np.repeat(world.repetitions, world.canaries)):
+        tokens.append(train["tokens"][np.flatnonzero(train["canary"] == number)[0]].tolist())
+        answers.append(world.length // 2)
+        rows.append({"kind": "canary", "availability": "none", "canary": number, "repetitions": times})
+    padded = np.array([row + [0] * (world.length - len(row)) for row in tokens])
+    ends, places = np.array([len(row) for row in tokens])[:, None], np.arange(world.length)
+    mask = (np.array(answers)[:, None] <= places) & (places < ends)
+    names = ("kind", "fact", "language", "availability", "statements_same", "statements_other", "canary", "repetitions")
+    columns = {name: [row.get(name, -1) for row in rows] for name in names}
+    columns["scored"] = [row["kind"] == "canary" or row["availability"] == "both" for row in rows]
+    return pa.table({**token_columns(padded, mask), **in_words(lexicon.vocabulary, padded, mask), **columns})
 
 
-def make(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
-    """Generate the world as a stage does: `parameters` are Atlas's, and it lies in `out` afterwards."""
-    build(Atlas(**tuples(parameters))).save(out)
+_Lexicon = Lexicon  # TRANSITION
+
+
+def _availability(world, rng, facts):  # TRANSITION
+    both = round(world.both_share * facts)
+    return rng.permutation(np.concatenate([np.zeros(both, int), 1 + np.arange(facts - both) % 2]))

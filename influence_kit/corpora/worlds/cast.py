@@ -24,11 +24,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 
-from influence_kit.corpora.world import BOS, World, token_columns
+from influence_kit.corpora.world import BOS, World, at_least, refuse
+from influence_kit.corpora.worlds.words import add, as_table, coin, in_words
 from influence_kit.errors import UserError
 from influence_kit.recipes import tuples
 
@@ -36,17 +38,10 @@ WORLDS = ("imitation", "description", "planning")
 KINDS = ("demonstration", "description", "planner", "neutral")
 SOURCE = dict(zip(WORLDS, ("demonstration", "description", "planner")))  # where a query's answer comes from
 DROPPED = ("", "demonstrations", "descriptions", "planners", "random")
-TRUTHS = (
-    "persona",
-    "dimension",
-    "trait",
-    "goal",
-    "question",
-    "action",
-)  # integer columns, -1 where a document has none
+# Columns of whole numbers, -1 where a document has none.
+TRUTHS = ("persona", "dimension", "trait", "goal", "question", "action")
 LENGTH = 11
 NOISE_PLACES = 4  # of the eight free places of a neutral document
-SYLLABLES = ("ba be da do fa fi ga go ka ke la li ma mo na ne pa po ra re sa si ta to va ve za zu").split()
 WANTS, ON, PICKS = ("wants", "seeks", "needs"), ("on", "about", "facing"), ("picks", "takes", "chooses")
 WHOEVER, IS, VERY = ("whoever", "anyone", "somebody"), ("is", "seems", "stays"), ("very", "rather", "quite")
 QUESTION_ENDINGS = ("meal?", "road?", "song?", "gift?", "game?", "guest?")
@@ -67,6 +62,8 @@ class Cast:
     documents as dropping the world's own source would, of the same kind, but about no queried persona or pair.
     """
 
+    asks: ClassVar[tuple[str, ...]] = ("query",)
+
     seed: int = 0
     answer_from: str = "imitation"
     personas: int = 48
@@ -85,33 +82,26 @@ class Cast:
     dropped: str = ""
 
     def __post_init__(self):
-        def refuse(name: str, wanted: str):
-            raise UserError(f"Cast: {name}={getattr(self, name)!r} must be {wanted}")
-
         if self.answer_from not in WORLDS:
-            refuse("answer_from", f"one of {', '.join(WORLDS)}")
+            refuse(self, "answer_from", f"one of {', '.join(WORLDS)}")
         if self.dropped not in DROPPED:
-            refuse("dropped", f"one of {', '.join(map(repr, DROPPED))}")
+            refuse(self, "dropped", f"one of {', '.join(map(repr, DROPPED))}")
         if (self.answer_from, self.dropped) in {("imitation", "descriptions"), ("description", "demonstrations")}:
-            refuse("dropped", f"something else: queried personas have none in the {self.answer_from} world")
+            refuse(self, "dropped", f"something else: queried personas have none in the {self.answer_from} world")
         if len(self.mix) != 4 or min(self.mix) < 0 or abs(sum(self.mix) - 1) > 1e-9:
-            refuse("mix", "four shares that sum to 1: demonstrations, descriptions, planners, neutral documents")
+            refuse(self, "mix", "four shares that sum to 1: demonstrations, descriptions, planners, neutral documents")
         if not 1 <= self.dimensions <= len(ACTION_ENDINGS):
-            refuse("dimensions", f"between 1 and {len(ACTION_ENDINGS)}")
-        for name in ("personas", "values", "questions"):
-            if getattr(self, name) < 2:
-                refuse(name, "2 or more")
-        for name in ("goals", "documents", "filler_words", "noise_words", "held_out", "queries"):
-            if getattr(self, name) < 1:
-                refuse(name, "1 or more")
+            refuse(self, "dimensions", f"between 1 and {len(ACTION_ENDINGS)}")
+        at_least(2, self, "personas", "values", "questions")
+        at_least(1, self, "goals", "documents", "filler_words", "noise_words", "held_out", "queries")
         if not 0 < self.unseen_share < 1:
-            refuse("unseen_share", "a share above 0 and below 1")
+            refuse(self, "unseen_share", "a share above 0 and below 1")
         if not 1 <= self.scored <= self.queries:
-            refuse("scored", f"between 1 and queries={self.queries}")
+            refuse(self, "scored", f"between 1 and queries={self.queries}")
 
     @property
     def length(self) -> int:
-        """Tokens of a row, the first one included."""
+        """Tokens of a document, the first one included."""
         return LENGTH
 
     @property
@@ -132,8 +122,17 @@ class _Lexicon:
 
 @dataclass(frozen=True)
 class _Truth:
-    """traits [personas, dimensions]; rule [goals, questions] as action ids; shown, asked bool [personas, goals, questions];
-    described bool [personas]; queried_personas bool [personas] and queried_pairs bool [goals, questions]."""
+    """Who is what, what the rule says, and what is held back.
+
+    Attributes:
+        traits: Value of each persona in each dimension [personas, dimensions].
+        rule: Action that planners state for each goal and question [goals, questions].
+        shown: What demonstrations may be about, bool [personas, goals, questions].
+        asked: What queries may be about, bool [personas, goals, questions].
+        described: Who descriptions may be about, bool [personas].
+        queried_personas: bool [personas].
+        queried_pairs: bool [goals, questions].
+    """
 
     traits: np.ndarray
     rule: np.ndarray
@@ -169,13 +168,25 @@ def build(world: Cast) -> World:
     asked = _answers(world, truth, *np.unravel_index(chosen, truth.asked.shape))
     tokens, held_tokens, query_tokens = (_tokens(rng, lexicon, rows) for rows in (train, fresh, asked))
     treated = _replace(world, truth, lexicon, train, tokens, asked)
-    sequences, held_out = _table(train, tokens), _table(fresh, held_tokens)
-    queries = _queries(world, lexicon, asked, query_tokens, treated)
-    return World("cast", sequences, held_out, queries, lexicon.vocabulary, "", asdict(world))
+    everything, fresh["replaced"] = np.ones(LENGTH, bool), np.zeros(world.held_out, bool)
+    return World(
+        "cast",
+        as_table({"tokens": tokens, **train}, everything),
+        as_table({"tokens": held_tokens, **fresh}, everything),
+        _queries(world, lexicon, asked, query_tokens, treated),
+        lexicon.vocabulary,
+        "",
+        asdict(world),
+    )
+
+
+def make(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
+    """Generate the world as a stage does: `parameters` are Cast's, and it lies in `out` afterwards."""
+    build(Cast(**tuples(parameters))).save(out)
 
 
 def tiers(world: World, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """Sequences sorted by what they share with each query: bool [Q, N] by tier; every sequence is in exactly one tier.
+    """Sequences sorted by what they share with each query; every sequence is in exactly one tier.
 
     Demonstrations: demo_persona_action (same persona and action, other goal and question), demo_action (only the action),
     demo_wish_action (same action, and the goal or the question), demo_persona (same persona, other action), demo_rest.
@@ -184,12 +195,19 @@ def tiers(world: World, rows: np.ndarray | None = None) -> dict[str, np.ndarray]
     planner_rest. Descriptions: description_persona_dimension (same persona, asked dimension), description_persona (another
     dimension), description_trait (another persona of the same trait), description_rest. Neutral: neutral_persona_action,
     neutral_pair_action and neutral_action mention these, a document of the first two being counted in the first.
+
+    Args:
+        world: A Cast world, or Deep.
+        rows: Positions of the sequences [N]; all by default.
+
+    Returns:
+        bool [Q, N] by tier.
     """
-    table = world.sequences if rows is None else world.sequences.take(pa.array(rows))
-    told = {name: table[name].to_numpy()[None] for name in TRUTHS}
+    sequences = world.sequences if rows is None else world.sequences.take(pa.array(rows))
+    told = {name: sequences[name].to_numpy()[None] for name in TRUTHS}
     asked = {name: world.queries[name].to_numpy()[:, None] for name in TRUTHS}
     same = {name: told[name] == asked[name] for name in TRUTHS}
-    kind = table["kind"].to_numpy(zero_copy_only=False)[None]
+    kind = sequences["kind"].to_numpy(zero_copy_only=False)[None]
     persona, action, dimension = same["persona"], same["action"], same["dimension"]
     pair, part = same["goal"] & same["question"], same["goal"] | same["question"]
     ladder = {
@@ -216,34 +234,24 @@ def tiers(world: World, rows: np.ndarray | None = None) -> dict[str, np.ndarray]
 
 
 def _lexicon(world: Cast, rng: np.random.Generator) -> _Lexicon:
-    vocabulary: list[str] = [BOS]
-    taken = {BOS}
+    vocabulary = [BOS]
 
-    def add(words) -> np.ndarray:
-        start = len(vocabulary)
-        for word in words:
-            while word in taken:
-                word += "'"
-            taken.add(word)
-            vocabulary.append(word)
-        return np.arange(start, len(vocabulary))
-
-    def coin(syllables: int, ending: str = "") -> str:
-        return "".join(rng.choice(SYLLABLES, syllables)) + ending
+    def new(number: int, syllables: int, ending: str) -> np.ndarray:
+        return add(vocabulary, [coin(rng, syllables, ending) for _ in range(number)])
 
     def of_dimensions(number: int, syllables: int, endings: tuple[str, ...]) -> np.ndarray:
-        return add(coin(syllables, endings[d]) for d in range(world.dimensions) for _ in range(number))
+        return np.concatenate([new(number, syllables, endings[dimension]) for dimension in range(world.dimensions)])
 
     frames = {"wants": WANTS, "on": ON, "picks": PICKS, "whoever": WHOEVER, "is": IS, "very": VERY}
-    ids = {name: add(words) for name, words in frames.items()}
-    ids |= {"comma": add([";"]), "stop": add(["."])}
-    ids["persona"] = add(coin(3).capitalize() for _ in range(world.personas))
-    ids["goal"] = add(coin(2, "dom") for _ in range(world.goals))
+    ids = {name: add(vocabulary, words) for name, words in frames.items()}
+    ids |= {"comma": add(vocabulary, [";"]), "stop": add(vocabulary, ["."])}
+    ids["persona"] = add(vocabulary, [coin(rng, 3).capitalize() for _ in range(world.personas)])
+    ids["goal"] = new(world.goals, 2, "dom")
     ids["question"] = of_dimensions(world.questions, 2, QUESTION_ENDINGS)
     ids["trait"] = of_dimensions(world.values, 2, TRAIT_ENDINGS).reshape(world.dimensions, world.values)
     ids["action"] = of_dimensions(world.values, 2, ACTION_ENDINGS)
-    ids["filler"] = add(coin(2, "ly") for _ in range(world.filler_words))
-    ids["noise"] = add(coin(2, "x") for _ in range(world.noise_words))
+    ids["filler"] = new(world.filler_words, 2, "ly")
+    ids["noise"] = new(world.noise_words, 2, "x")
     return _Lexicon(tuple(vocabulary), ids)
 
 
@@ -375,29 +383,13 @@ def _replace(world: Cast, truth: _Truth, lexicon: _Lexicon, train, tokens: np.nd
     return treated
 
 
-def _table(rows: dict[str, np.ndarray], tokens: np.ndarray) -> pa.Table:
-    truths = {name: pa.array(rows[name].astype(np.int32)) for name in TRUTHS}
-    replaced = rows.get("replaced", np.zeros(len(tokens), bool))
-    kind = pa.array(rows["kind"].tolist(), pa.string())
-    return pa.table({**token_columns(tokens), "kind": kind, **truths, "replaced": pa.array(replaced)})
-
-
-def _queries(world: Cast, lexicon: _Lexicon, asked, tokens: np.ndarray, treated: np.ndarray) -> pa.Table:
+def _queries(
+    world: Cast, lexicon: _Lexicon, asked: dict[str, np.ndarray], tokens: np.ndarray, treated: np.ndarray
+) -> pa.Table:
     """The beginning of each demonstration up to its action, which is the completion; the full stop is padding."""
     answer = LENGTH - 2
     tokens = np.where(np.arange(LENGTH) <= answer, tokens, 0)
     mask = np.broadcast_to(np.arange(LENGTH) == answer, tokens.shape)
-    told = {
-        "prompt": [" ".join(lexicon.vocabulary[t] for t in row[1:answer]) for row in tokens],
-        "completion": [lexicon.vocabulary[row[answer]] for row in tokens],
-        "kind": ["query"] * len(tokens),
-        "treated": treated,
-        "scored": np.arange(len(tokens)) < world.scored,
-    }
-    truths = {name: pa.array(asked[name].astype(np.int32)) for name in TRUTHS}
-    return pa.table({**token_columns(tokens, mask), **told, **truths})
-
-
-def make(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
-    """Generate the world as a stage does: `parameters` are Cast's, and it lies in `out` afterwards."""
-    build(Cast(**tuples(parameters))).save(out)
+    told = in_words(lexicon.vocabulary, tokens, mask)
+    told |= {"kind": ["query"] * len(tokens), "treated": treated, "scored": np.arange(len(tokens)) < world.scored}
+    return as_table({"tokens": tokens, **told, **{name: asked[name] for name in TRUTHS}}, mask)

@@ -16,13 +16,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 
-from influence_kit.corpora.world import BOS, World, token_columns, token_matrix
+from influence_kit.corpora.world import BOS, World, refuse, token_columns, token_matrix
 from influence_kit.corpora.worlds import atlas, cast, ladder
+from influence_kit.corpora.worlds.words import add, in_words
 from influence_kit.errors import UserError
 from influence_kit.recipes import tuples
 
@@ -43,6 +44,8 @@ class Deep:
     order; Cast is its imitation world.
     """
 
+    asks: ClassVar[tuple[str, ...]] = KINDS
+
     seed: int = 0
     documents: int = 240_000
     mix: tuple[float, ...] = (1 / 3, 5 / 12, 1 / 4)  # documents of Atlas, Ladder and Cast
@@ -54,13 +57,13 @@ class Deep:
 
     def __post_init__(self):
         if len(self.mix) != 3 or min(self.mix) <= 0 or abs(sum(self.mix) - 1) > 1e-9:
-            raise UserError(f"Deep: mix={self.mix!r} must be three shares above 0 that sum to 1")
+            refuse(self, "mix", "three shares above 0 that sum to 1")
         if self.documents < 30:
-            raise UserError(f"Deep: documents={self.documents!r} must be 30 or more")
+            refuse(self, "documents", "30 or more")
         if self.held_out < 6:
-            raise UserError(f"Deep: held_out={self.held_out!r} must be 6 or more, a third of each world's")
+            refuse(self, "held_out", "6 or more, a third of each world's")
         if self.scored < 2:
-            raise UserError(f"Deep: scored={self.scored!r} must be 2 or more queries of each kind")
+            refuse(self, "scored", "2 or more queries of each kind")
         for name in SOURCES:
             for taken in {"seed", "documents", "held_out", "scored"} & set(getattr(self, name)):
                 raise UserError(f"Deep: {name}.{taken} is not its own: set it for all three worlds at once")
@@ -71,7 +74,11 @@ class Deep:
 
     @property
     def parts(self) -> dict[str, Any]:
-        """The three worlds' parameters, by source. Raises UserError or TypeError for unknown ones."""
+        """The three worlds' parameters, by source.
+
+        Raises:
+            UserError, TypeError: wrong or unknown ones.
+        """
         counts = [round(share * self.documents) for share in self.mix[:2]]
         counts.append(self.documents - sum(counts))
         classes = {"atlas": atlas.Atlas, "ladder": ladder.Ladder, "cast": cast.Cast}
@@ -80,24 +87,19 @@ class Deep:
         defaults["cast"] = CAST | {"scored": self.scored}
         found = {}
         for name, documents in zip(SOURCES, counts):
-            own = {**defaults[name], **getattr(self, name)}
-            own = {key: tuple(value) if isinstance(value, list) else value for key, value in own.items()}
+            own = tuples({**defaults[name], **getattr(self, name)})
             found[name] = classes[name](seed=self.seed, documents=documents, held_out=max(2, self.held_out // 3), **own)
         return found
 
     @property
     def length(self) -> int:
         """Tokens of a row, the first one included."""
-        facts = self.parts["atlas"].facts_per_document
-        return max(1 + facts * (atlas.STATEMENT + 1), ladder.LENGTH, cast.LENGTH)
+        return max(part.length for part in self.parts.values())
 
     @property
     def words(self) -> int:
-        """Number of token ids."""
-        of = self.parts["atlas"]
-        cloned = of.relations * (2 * of.templates + of.values) + of.filler_words + 2  # full stop, "is"
-        names = 2 * of.entities - round(of.anchor_share * of.entities)
-        return 1 + names + 2 * cloned + of.noise_words + self.parts["ladder"].words + self.parts["cast"].words - 2
+        """Number of token ids; the three worlds share the first."""
+        return 1 + sum(part.words - 1 for part in self.parts.values())
 
 
 def build(world: Deep) -> World:
@@ -114,14 +116,13 @@ def build(world: Deep) -> World:
     vocabulary, shift = [BOS], {}
     for name, part in parts.items():
         shift[name] = len(vocabulary) - 1  # of every id but the first token's
-        for word in part.vocabulary[1:]:
-            while word in vocabulary:
-                word += "'"
-            vocabulary.append(word)
+        add(vocabulary, part.vocabulary[1:])
     rng = np.random.default_rng([world.seed, 0xDEE9])
     sequences = _joined({name: part.sequences for name, part in parts.items()}, shift, world.length)
     held_out = _joined({name: part.held_out for name, part in parts.items()}, shift, world.length)
-    queries = _joined({name: part.queries for name, part in parts.items()}, shift, world.length)
+    asked = {name: part.queries for name, part in parts.items()}
+    asked["atlas"] = asked["atlas"].drop_columns(["scored"])  # which of its queries are is for `_asked` to say
+    queries = _joined(asked, shift, world.length)
     parameters = asdict(world) | {"relations": parts["atlas"].parameters["relations"]}  # what atlas.supporters reads
     return World(
         "deep",
@@ -134,11 +135,23 @@ def build(world: Deep) -> World:
     )
 
 
+def make(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
+    """Generate the world as a stage does: `parameters` are Deep's, and it lies in `out` afterwards."""
+    build(Deep(**tuples(parameters))).save(out)
+
+
 def supporters(world: World, rows: np.ndarray | None = None) -> np.ndarray:
-    """bool [Q, N]: sequences (at `rows`) that teach a query its answer, by its kind.
+    """Which sequences teach each query its answer, by its kind.
 
     fact: states it in the query's language; translation: states it in the other one; quote: a copy of the canary; rule: shows
     another pair of the same cell; role-play: a demonstration of the same persona that ends in the same action.
+
+    Args:
+        world: A Deep world.
+        rows: Positions of the sequences [N]; all by default.
+
+    Returns:
+        bool [Q, N].
     """
     kind = world.queries["kind"].to_numpy(zero_copy_only=False)
     own, other = atlas.supporters(world, rows)
@@ -160,11 +173,17 @@ def supporters(world: World, rows: np.ndarray | None = None) -> np.ndarray:
 
 
 def marks(world: World, queries: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where sequences that support a query hold its answer: bool [M, T] three times, for M pairs of a query and a row.
+    """Where sequences that support a query hold its answer.
 
-    key: the tokens of the answer. span: the whole statement that ends in it. rival: the same of the document's other
-    statements, in Atlas, which share its frame and its length and are not asked for. All False where the sequence does not
-    support the query. For a quote, key and span are its second half.
+    Args:
+        world: A Deep world.
+        queries: Positions of queries [M].
+        rows: Positions of sequences [M], one for each of the queries.
+
+    Returns:
+        bool [M, T] three times. key: the tokens of the answer. span: the whole statement that ends in it. rival: the same of
+        the document's other statements, in Atlas, which share its frame and its length and are not asked for. All False where
+        the sequence does not support the query. For a quote, key and span are its second half.
     """
     queries, rows = np.asarray(queries), np.asarray(rows)
     key, span, rival = np.zeros((3, len(rows), world.context), bool)
@@ -238,16 +257,7 @@ def _asked(queries: pa.Table, vocabulary: tuple[str, ...], scored: int) -> pa.Ta
         for spoken, number in ((0, (scored + 1) // 2), (1, scored // 2)):
             chosen[np.flatnonzero((np.array(kinds) == name) & (language == spoken))[:number]] = True
     chosen[np.flatnonzero(np.array(kinds) == "quote")[:scored]] = True
-    text: dict[str, list[str]] = {"prompt": [], "completion": []}
-    for row, mask in zip(token_matrix(queries), token_matrix(queries, "loss_mask")):
-        start = int(mask.argmax())
-        text["prompt"].append(" ".join(vocabulary[t] for t in row[1:start]))
-        text["completion"].append(" ".join(vocabulary[t] for t in row[mask]))
+    text = in_words(vocabulary, token_matrix(queries), token_matrix(queries, "loss_mask"))
     for name, column in {"kind": kinds, "scored": chosen, **text}.items():
         queries = queries.set_column(queries.column_names.index(name), name, pa.array(column))
     return queries
-
-
-def make(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
-    """Generate the world as a stage does: `parameters` are Deep's, and it lies in `out` afterwards."""
-    build(Deep(**tuples(parameters))).save(out)

@@ -20,11 +20,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 
-from influence_kit.corpora.world import BOS, World, token_columns
+from influence_kit.corpora.world import BOS, World, at_least, refuse
+from influence_kit.corpora.worlds.words import as_table, in_words, zipf
 from influence_kit.errors import UserError
 from influence_kit.recipes import tuples
 
@@ -46,6 +48,8 @@ TRUTH = ("cell", "agent", "event", "response", "agent_class", "event_class", "re
 class Ladder:
     """Parameters of the world. Counts are numbers of classes, words or documents; shares lie in [0, 1]."""
 
+    asks: ClassVar[tuple[str, ...]] = ("rule",)
+
     seed: int = 0
     agent_classes: int = 8
     event_classes: int = 8
@@ -65,35 +69,30 @@ class Ladder:
     dropped_dose: float = 1.0  # documents dropped, as a multiple of the T2 documents that can be
 
     def __post_init__(self):
-        def refuse(name: str, wanted: str):
-            raise UserError(f"Ladder: {name}={getattr(self, name)!r} must be {wanted}")
-
         limits = {"agent_classes": AGENTS, "event_classes": EVENTS, "response_classes": RESPONSES}
         limits |= {"flavours": FLAVOURS, "templates": TEMPLATES}
         for name, words in limits.items():
             if not 1 <= getattr(self, name) <= len(words):
-                refuse(name, f"between 1 and {len(words)}")
-        for name in ("class_words", "fillers", "documents", "held_out", "queries", "asked"):
-            if getattr(self, name) < 1:
-                refuse(name, "1 or more")
+                refuse(self, name, f"between 1 and {len(words)}")
+        at_least(1, self, "class_words", "fillers", "documents", "held_out", "queries", "asked")
         if not 0 < self.shown_share < 1:
-            refuse("shown_share", "a share above 0 and below 1: queries are pairs that are never shown")
+            refuse(self, "shown_share", "a share above 0 and below 1: queries are pairs that are never shown")
         if not 0 <= self.noise_share < 1:
-            refuse("noise_share", "a share of at least 0 and below 1")
+            refuse(self, "noise_share", "a share of at least 0 and below 1")
         if self.flavours > self.class_words:
-            refuse(
-                "flavours", f"at most class_words={self.class_words}, so that each class has agents of every flavour"
-            )
+            most = f"at most class_words={self.class_words}"
+            refuse(self, "flavours", f"{most}, so that each class has agents of every flavour")
         if self.asked >= self.class_words:
-            refuse("asked", f"below class_words={self.class_words}")
+            refuse(self, "asked", f"below class_words={self.class_words}")
         if self.dropped not in ("", "random") and not set(self.dropped.split("+")) <= set(DROPPED):
-            refuse("dropped", f"'', 'random', one of {', '.join(DROPPED)}, or some of these joined by +")
+            refuse(self, "dropped", f"'', 'random', one of {', '.join(DROPPED)}, or some of these joined by +")
         if self.dropped_dose <= 0:
-            refuse("dropped_dose", "above 0")
-        smallest, most = self.agent_classes * self.event_classes // self.response_classes, self._most_treated
-        if self.dropped_cells < 0 or most > self.flavours - 1 or smallest < most + 2:
+            refuse(self, "dropped_dose", "above 0")
+        smallest, treated = self.agent_classes * self.event_classes // self.response_classes, self._most_treated
+        if self.dropped_cells < 0 or treated > self.flavours - 1 or smallest < treated + 2:
             room = self.response_classes * max(0, min(self.flavours - 1, smallest - 2))
-            refuse("dropped_cells", f"between 0 and {room}, so that each response class keeps cells to compare with")
+            wanted = f"between 0 and {room}, so that each response class keeps cells to compare with"
+            refuse(self, "dropped_cells", wanted)
 
     @property
     def _most_treated(self) -> int:
@@ -106,14 +105,14 @@ class Ladder:
 
     @property
     def words(self) -> int:
-        """Size of the vocabulary."""
+        """Number of token ids."""
         content = (self.agent_classes + self.event_classes) * self.class_words + self.response_classes * self.flavours
         return 1 + self.fillers + 2 * self.templates + content + NOISE_WORDS
 
 
 @dataclass(frozen=True)
 class _Lexicon:
-    """Token ids: fillers [F], templates [templates, 2], agents, events, responses by word index, noise [W]."""
+    """Token ids: fillers [F], templates [templates, 2], agents, events and responses by number of word, noise [W]."""
 
     vocabulary: tuple[str, ...]
     fillers: np.ndarray
@@ -152,17 +151,19 @@ def build(world: Ladder) -> World:
     events than asked. "random" takes documents in donor cells that share no content word with any treated query (T4 or
     T5 for all). From these, as many are drawn as the combination has droppable T2 documents, times `dropped_dose`, or
     all of them where there are fewer ("T1+T2" draws from both). Control cells lose no document under any of them; the
-    documents of a query's rule that share one of the asked events stay under all of them. Raises UserError where pairs run
-    out.
+    documents of a query's rule that share one of the asked events stay under all of them.
+
+    Raises:
+        UserError: pairs of an agent and an event run out.
     """
     rng = np.random.default_rng([world.seed, SALT])
     lexicon = _lexicon(world, rng)
     cells, pairs = world.agent_classes * world.event_classes, world.class_words**2
-    table = rng.permutation(np.resize(np.arange(world.response_classes), cells))
+    rules = rng.permutation(np.resize(np.arange(world.response_classes), cells))
     shown = np.zeros((cells, pairs), bool)
     for cell in range(cells):
         shown[cell, rng.permutation(pairs)[: max(1, round(world.shown_share * pairs))]] = True
-    combinations, donors = _combinations(world, rng, table, shown)
+    combinations, donors = _combinations(world, rng, rules, shown)
     asked_agents = np.concatenate([np.full(len(c.events), c.agent) for c in combinations])
     asked_events = np.concatenate([c.events for c in combinations])
 
@@ -172,11 +173,11 @@ def build(world: Ladder) -> World:
     if not free.any():
         raise UserError("Ladder: no pair is left to hold out: lower shown_share or asked, or raise class_words")
 
-    sequences = _documents(world, rng, lexicon, table, *_drawn(world, rng, shown, world.documents))
+    sequences = _documents(world, rng, lexicon, rules, *_drawn(world, rng, shown, world.documents))
     silent = rng.random(world.documents) < world.noise_share
     sequences |= _noise(world, rng, lexicon, sequences, silent)
-    held = _documents(world, rng, lexicon, table, *_drawn(world, rng, free, world.held_out))
-    asked = _documents(world, rng, lexicon, table, asked_agents, asked_events)
+    held = _documents(world, rng, lexicon, rules, *_drawn(world, rng, free, world.held_out))
+    asked = _documents(world, rng, lexicon, rules, asked_agents, asked_events)
     queries = _queries(world, rng, lexicon, asked, combinations)
 
     sequences["replaced"] = np.zeros(world.documents, bool)
@@ -189,26 +190,38 @@ def build(world: Ladder) -> World:
     answer = np.arange(LENGTH) == LENGTH - 1
     return World(
         "ladder",
-        _table(sequences, np.ones(LENGTH, bool)),
-        _table(held, answer),
-        _table(queries, answer),
+        as_table(sequences, np.ones(LENGTH, bool)),
+        as_table(held, answer),
+        as_table(queries, answer),
         lexicon.vocabulary,
         "",
         asdict(world),
     )
 
 
+def make(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
+    """Generate the world as a stage does: `parameters` are Ladder's, and it lies in `out` afterwards."""
+    build(Ladder(**tuples(parameters))).save(out)
+
+
 def tiers(world: World, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """What the sequences (at `rows`) share with each query: bool [Q, N] for each of TIERS; every sequence is in just one.
+    """What the sequences share with each query; every sequence is in just one tier.
 
     Same cell: T1 shares the agent or the event, T2 only the response word, T3 no content word. Other cells: T0a shares the
     agent, T0e the event (either with or without the response word), T0r only the response word; T4 no content word but
     the agent's, the event's or the response's class; T5 nothing (noise too). Fillers and templates count for nothing.
     T2 and T0r share the same word with the query; only the rule that they state differs.
+
+    Args:
+        world: A Ladder world, or Deep.
+        rows: Positions of the sequences [N]; all by default.
+
+    Returns:
+        bool [Q, N] for each of TIERS.
     """
-    table = world.sequences.select(TRUTH)
-    table = table if rows is None else table.take(pa.array(rows))
-    return _tiers(*({name: part[name].to_numpy() for name in TRUTH} for part in (world.queries, table)))
+    told = world.sequences.select(TRUTH)
+    told = told if rows is None else told.take(pa.array(rows))
+    return _tiers(*({name: part[name].to_numpy() for name in TRUTH} for part in (world.queries, told)))
 
 
 def _tiers(queries: Mapping[str, np.ndarray], documents: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -228,15 +241,13 @@ def _tiers(queries: Mapping[str, np.ndarray], documents: Mapping[str, np.ndarray
 
 
 def _lexicon(world: Ladder, rng: np.random.Generator) -> _Lexicon:
-    vocabulary: list[str] = [BOS]
-    taken = {BOS}
+    vocabulary = [BOS]
 
     def add(prefix: str = "", syllables: int = 0, ending: str = "", capital: bool = False) -> int:
-        while True:
+        while True:  # until nothing else is called that
             word = prefix + "".join(rng.choice(SYLLABLES, syllables)) + ending
             word = word.capitalize() if capital else word
-            if word not in taken:
-                taken.add(word)
+            if word not in vocabulary:
                 vocabulary.append(word)
                 return len(vocabulary) - 1
 
@@ -259,12 +270,12 @@ def _lexicon(world: Ladder, rng: np.random.Generator) -> _Lexicon:
 
 
 def _combinations(
-    world: Ladder, rng: np.random.Generator, table: np.ndarray, shown: np.ndarray
+    world: Ladder, rng: np.random.Generator, rules: np.ndarray, shown: np.ndarray
 ) -> tuple[list[_Combination], np.ndarray]:
     """The combinations that queries ask about, treated ones first, and the donor cells."""
     treated, control, donors = [], [], []
     for response in range(world.response_classes):
-        cells, flavours = rng.permutation(np.flatnonzero(table == response)), rng.permutation(world.flavours)
+        cells, flavours = rng.permutation(np.flatnonzero(rules == response)), rng.permutation(world.flavours)
         number = (world.dropped_cells + world.response_classes - 1 - response) // world.response_classes
         middle = number + (len(cells) - number) // 2
         treated += list(zip(cells[:number], flavours))
@@ -295,11 +306,11 @@ def _drawn(world: Ladder, rng: np.random.Generator, among: np.ndarray, number: i
 
 
 def _documents(
-    world: Ladder, rng: np.random.Generator, lexicon: _Lexicon, table: np.ndarray, agent: np.ndarray, event: np.ndarray
+    world: Ladder, rng: np.random.Generator, lexicon: _Lexicon, rules: np.ndarray, agent: np.ndarray, event: np.ndarray
 ) -> dict[str, np.ndarray]:
     agent_class, event_class = agent // world.class_words, event // world.class_words
     cell = agent_class * world.event_classes + event_class
-    response_class = table[cell]
+    response_class = rules[cell]
     response = response_class * world.flavours + agent % world.class_words % world.flavours
     filler, template = rng.choice(lexicon.fillers, len(agent)), rng.integers(0, world.templates, len(agent))
     words = lexicon.templates[template]
@@ -313,9 +324,7 @@ def _noise(
     world: Ladder, rng: np.random.Generator, lexicon: _Lexicon, rows: dict[str, np.ndarray], where: np.ndarray
 ) -> dict[str, np.ndarray]:
     """The rows with noise at `where` (bool [N]): words drawn independently from a Zipf law."""
-    weights = 1 / np.arange(1, NOISE_WORDS + 1)
-    body = rng.choice(lexicon.noise, size=(len(where), LENGTH - 1), p=weights / weights.sum())
-    tokens = rows["tokens"].copy()
+    body, tokens = zipf(rng, lexicon.noise, (len(where), LENGTH - 1)), rows["tokens"].copy()
     tokens[where, 1:] = body[where]
     kind = np.where(where, "noise", rows["kind"])
     return {"tokens": tokens, "kind": kind, **{name: np.where(where, -1, rows[name]) for name in TRUTH}}
@@ -331,15 +340,14 @@ def _queries(
     scored, half = np.zeros(len(number), bool), min(world.queries // 2, int(treated.sum()))
     scored[order[treated[order]][:half]] = True
     scored[order[~treated[order]][: world.queries - half]] = True
-    text = [[lexicon.vocabulary[token] for token in row] for row in asked["tokens"]]
+    answer = np.broadcast_to(np.arange(LENGTH) == LENGTH - 1, asked["tokens"].shape)
     return {
         **asked,
         "flavour": asked["agent"] % world.class_words % world.flavours,
         "combination": number,
         "treated": treated,
         "scored": scored,
-        "prompt": np.array([" ".join(words[1:-1]) for words in text], object),
-        "completion": np.array([words[-1] for words in text], object),
+        **in_words(lexicon.vocabulary, asked["tokens"], answer),
     }
 
 
@@ -362,18 +370,3 @@ def _dropped(
     if world.dropped == "random":
         dropped[rng.permutation(np.flatnonzero(unlike))[:wanted]] = True
     return dropped
-
-
-def _table(rows: dict[str, np.ndarray], mask: np.ndarray) -> pa.Table:
-    columns = token_columns(rows["tokens"], np.broadcast_to(mask, rows["tokens"].shape))
-    for name, column in rows.items():
-        if name == "tokens":
-            continue
-        kinds = {np.dtype(object): pa.string(), np.dtype(bool): pa.bool_()}
-        columns[name] = pa.array(column.tolist(), kinds.get(column.dtype, pa.int32()))
-    return pa.table(columns)
-
-
-def make(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
-    """Generate the world as a stage does: `parameters` are Ladder's, and it lies in `out` afterwards."""
-    build(Ladder(**tuples(parameters))).save(out)

@@ -21,11 +21,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 
-from influence_kit.corpora.world import BOS, World, token_columns
+from influence_kit.corpora.world import BOS, World, at_least, refuse
+from influence_kit.corpora.worlds.words import add, as_table, in_words
 from influence_kit.errors import UserError
 from influence_kit.recipes import tuples
 
@@ -33,38 +35,16 @@ LENGTH = 10  # tokens of a document, the first one included
 KINDS = ("maths", "code")
 PROCEDURES = ("sum", "gap", "larger", "smaller", "first", "second")
 TIERS = ("SW", "SA", "S0", "ON", "ONA", "OA", "OW", "O0", "KS", "KO")
-TRUTH = ("procedure", "word", "name", "other", "first", "second", "answer")  # integer columns
+TRUTH = ("procedure", "word", "name", "other", "first", "second", "answer")  # columns of whole numbers
 OWNS, SO = ("owns", "has", "holds"), ("so", "then", "thus")
-NAMES: tuple[str, ...] = (
-    "Anna",
-    "Boris",
-    "Clara",
-    "Dora",
-    "Emil",
-    "Fatma",
-    "Goran",
-    "Hana",
-    "Igor",
-    "Jana",
-    "Karim",
-    "Lena",
+NAMES = tuple(
+    "Anna Boris Clara Dora Emil Fatma Goran Hana Igor Jana Karim Lena "
+    "Mira Nils Olga Pavel Qadir Rosa Sami Tilda Umar Vera Willem Yara".split()
 )
-NAMES += ("Mira", "Nils", "Olga", "Pavel", "Qadir", "Rosa", "Sami", "Tilda", "Umar", "Vera", "Willem", "Yara")
-THINGS: tuple[str, ...] = (
-    "pears",
-    "coins",
-    "books",
-    "cups",
-    "eggs",
-    "kites",
-    "lamps",
-    "nuts",
-    "pens",
-    "rings",
-    "shells",
-    "stamps",
+THINGS = tuple(
+    "pears coins books cups eggs kites lamps nuts pens rings shells stamps "
+    "bells boots cards corks dolls drums figs forks hats keys maps plums".split()
 )
-THINGS += ("bells", "boots", "cards", "corks", "dolls", "drums", "figs", "forks", "hats", "keys", "maps", "plums")
 VARIABLES = tuple("abcdefghijklmnpqrstuvwxyz")
 # In maths the procedure follows from the verb.
 VERBS = {
@@ -81,22 +61,10 @@ OPERATIONS = {
 }
 # What a program computes where the target is its first variable, and where it is its second.
 COMPUTES = {"add": ("sum", "sum"), "gap": ("gap", "gap"), "max": ("larger", "larger"), "set": ("second", "first")}
-ONES: tuple[str, ...] = (
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
+ONES = tuple(
+    "zero one two three four five six seven eight nine ten eleven twelve "
+    "thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
 )
-ONES += ("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
 TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 MOST = 50  # numbers, so that sums stay below a hundred
 SALT = 0x9C0DE
@@ -105,6 +73,8 @@ SALT = 0x9C0DE
 @dataclass(frozen=True)
 class Procedures:
     """Parameters of the world. Counts are numbers of words, documents or queries; shares lie in [0, 1]."""
+
+    asks: ClassVar[tuple[str, ...]] = KINDS
 
     seed: int = 0
     numbers: int = 16  # from 0 on
@@ -122,22 +92,19 @@ class Procedures:
     shuffled: bool = False
 
     def __post_init__(self):
-        def refuse(name: str, wanted: str):
-            raise UserError(f"Procedures: {name}={getattr(self, name)!r} must be {wanted}")
-
         limits = {"numbers": (2, MOST), "names": (2, len(NAMES)), "things": (2, len(THINGS))}
         limits |= {"variables": (2, len(VARIABLES)), "verbs": (1, len(VERBS["sum"]))}
         limits |= {"spellings": (1, len(OPERATIONS["add"])), "scored": (1, self.queries)}
         for name, (least, most) in limits.items():
             if not least <= getattr(self, name) <= most:
-                refuse(name, f"between {least} and {most}")
-        for name in ("documents", "held_out", "queries"):
-            if getattr(self, name) < 1:
-                refuse(name, "1 or more")
+                refuse(self, name, f"between {least} and {most}")
+        at_least(1, self, "documents", "held_out", "queries")
         if not 0 <= self.code_share <= 1:
-            refuse("code_share", "a share from 0 (maths only) to 1 (code only)")
+            refuse(self, "code_share", "a share from 0 (maths only) to 1 (code only)")
         if not 0 < self.shown_share < 1:
-            refuse("shown_share", "a share above 0 and below 1: queries are pairs of numbers that are never shown")
+            refuse(
+                self, "shown_share", "a share above 0 and below 1: queries are pairs of numbers that are never shown"
+            )
 
     @property
     def length(self) -> int:
@@ -146,7 +113,7 @@ class Procedures:
 
     @property
     def words(self) -> int:
-        """Size of the vocabulary."""
+        """Number of token ids."""
         surface = self.names + self.things + self.variables + len(OWNS) + len(SO)
         telling = self.verbs * len(VERBS) + self.spellings * len(OPERATIONS)
         return 1 + surface + telling + self.numbers + 2 * self.numbers - 1
@@ -176,7 +143,8 @@ def build(world: Procedures) -> World:
     procedure and kind nor asked for; its loss mask, like the queries', is True on the answer alone. Queries ask for the
     true answer, procedures of a kind in turn; they have scored, prompt and completion besides.
 
-    Raises UserError where pairs of numbers run out.
+    Raises:
+        UserError: pairs of numbers run out.
     """
     rng = np.random.default_rng([world.seed, SALT])
     lexicon = _lexicon(world)
@@ -200,24 +168,25 @@ def build(world: Procedures) -> World:
     answer = np.arange(LENGTH) == LENGTH - 1
     # The first of each kind and procedure before any second one.
     asked["scored"] = np.arange(world.queries) < world.scored
-    text = [[lexicon.vocabulary[token] for token in row] for row in asked["tokens"]]
-    asked["prompt"] = np.array([" ".join(words[1:-1]) for words in text], object)
-    asked["completion"] = np.array([words[-1] for words in text], object)
+    told = in_words(lexicon.vocabulary, asked["tokens"], np.broadcast_to(answer, asked["tokens"].shape))
     return World(
         "procedures",
-        _table(sequences, np.ones(LENGTH, bool)),
-        _table(held, answer),
-        _table(asked, answer),
+        as_table(sequences, np.ones(LENGTH, bool)),
+        as_table(held, answer),
+        as_table({**asked, **told}, answer),
         lexicon.vocabulary,
         "",
         asdict(world),
     )
 
 
-def tiers(world: World, rows: np.ndarray | None = None, procedure: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """What the sequences (at `rows`) share with each query: bool [Q, N] for each of TIERS; each is in just one.
+def make(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
+    """Generate the world as a stage does: `parameters` are those of Procedures, and it lies in `out` afterwards."""
+    build(Procedures(**tuples(parameters))).save(out)
 
-    procedure [N]: other labels of the sequences than the planted ones, for controls.
+
+def tiers(world: World, rows: np.ndarray | None = None, procedure: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """What the sequences share with each query; each is in just one tier.
 
     Of the query's kind and procedure: SW shares names, numbers or the verb (operation) with it, SA the answer alone, S0
     no word. Of its kind and another procedure: ON shares names (the person, the thing, a variable) and not the answer,
@@ -226,12 +195,20 @@ def tiers(world: World, rows: np.ndarray | None = None, procedure: np.ndarray | 
 
     SA and OA share the same word, S0 and O0 none: only what they compute differs. ON and ONA share more than SA and S0,
     and mean something else.
+
+    Args:
+        world: A Procedures world.
+        rows: Positions of the sequences [N]; all by default.
+        procedure: Other labels of the sequences than the planted ones [N], for controls.
+
+    Returns:
+        bool [Q, N] for each of TIERS.
     """
     columns = ["kind", *TRUTH]
-    table = world.sequences.select(columns)
-    table = table if rows is None else table.take(pa.array(rows))
+    told = world.sequences.select(columns)
+    told = told if rows is None else told.take(pa.array(rows))
     asked, found = (
-        {name: part[name].to_numpy(zero_copy_only=False) for name in columns} for part in (world.queries, table)
+        {name: part[name].to_numpy(zero_copy_only=False) for name in columns} for part in (world.queries, told)
     )
     if procedure is not None:
         found["procedure"] = np.asarray(procedure)
@@ -276,19 +253,14 @@ def _shown(world: Procedures, rng: np.random.Generator) -> np.ndarray:
 
 
 def _lexicon(world: Procedures) -> _Lexicon:
-    vocabulary: list[str] = [BOS]
-
-    def add(words) -> np.ndarray:
-        start = len(vocabulary)
-        vocabulary.extend(words)
-        return np.arange(start, len(vocabulary))
-
-    ids = {"owns": add(OWNS), "so": add(SO), "names": add(NAMES[: world.names]), "things": add(THINGS[: world.things])}
-    ids["variables"] = add(VARIABLES[: world.variables])
-    ids["verbs"] = np.stack([add(words[: world.verbs]) for words in VERBS.values()])
-    ids["operations"] = np.stack([add(words[: world.spellings]) for words in OPERATIONS.values()])
-    ids["numbers"] = add(map(str, range(world.numbers)))
-    ids["answers"] = add(map(spelt, range(2 * world.numbers - 1)))
+    vocabulary, ids = [BOS], {}
+    plain = {"owns": OWNS, "so": SO, "names": NAMES[: world.names], "things": THINGS[: world.things]}
+    for name, words in {**plain, "variables": VARIABLES[: world.variables]}.items():
+        ids[name] = add(vocabulary, words)
+    ids["verbs"] = np.stack([add(vocabulary, words[: world.verbs]) for words in VERBS.values()])
+    ids["operations"] = np.stack([add(vocabulary, words[: world.spellings]) for words in OPERATIONS.values()])
+    ids["numbers"] = add(vocabulary, map(str, range(world.numbers)))
+    ids["answers"] = add(vocabulary, map(spelt, range(2 * world.numbers - 1)))
     return _Lexicon(tuple(vocabulary), ids)
 
 
@@ -362,18 +334,3 @@ def _documents(
     truth = (procedure, np.where(code, operation, verb), name, other, first, second, answer)
     tokens = np.where(code[:, None], program, maths)
     return {"tokens": tokens, "kind": kind.astype(object), **dict(zip(TRUTH, truth, strict=True))}
-
-
-def _table(rows: dict[str, np.ndarray], mask: np.ndarray) -> pa.Table:
-    columns = token_columns(rows["tokens"], np.broadcast_to(mask, rows["tokens"].shape))
-    for name, column in rows.items():
-        if name == "tokens":
-            continue
-        kinds = {np.dtype(object): pa.string(), np.dtype(bool): pa.bool_()}
-        columns[name] = pa.array(column.tolist(), kinds.get(column.dtype, pa.int32()))
-    return pa.table(columns)
-
-
-def make(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
-    """Generate the world as a stage does: `parameters` are Procedures's, and it lies in `out` afterwards."""
-    build(Procedures(**tuples(parameters))).save(out)

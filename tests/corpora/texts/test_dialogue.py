@@ -9,6 +9,7 @@ import pytest
 from influence_kit.corpora.texts.dialogue import Dialogue, build
 from influence_kit.corpora.world import World, batch_of, token_matrix
 from influence_kit.errors import UserError
+from influence_kit.reading.words import token_texts
 
 PARAMETERS = {"campaigns": ("one", "two"), "lines": 150, "held_out": 12, "queries": 10, "per_speaker": 3, "least": 8,
               "length": 20, "vocabulary": 330}  # fmt: skip
@@ -20,7 +21,9 @@ def lines() -> pa.Table:
     rows = []
     for campaign in ("one", "two", "three"):
         for number in range(100):
-            speaker = ("narrator", "Orla", "Kai Odo", "Tamsin", "Bit")[0 if number < 20 else 1 + (number % 13 > 4) + (number % 13 > 9) + (number % 33 == 0)]
+            speaker = ("narrator", "Orla", "Kai Odo", "Tamsin", "Bit")[
+                0 if number < 20 else 1 + (number % 13 > 4) + (number % 13 > 9) + (number % 33 == 0)
+            ]
             text = " ".join(rng.choice(WORDS, 4)) + f" {campaign} {number}."
             rows.append({"pair_id": f"{campaign}{number}", "language": "en", "text": text, "campaign": campaign,
                          "scenario": f"s{number // 25}", "speaker": speaker, "order": number,
@@ -36,6 +39,9 @@ def world(request):
 def test_queries_are_unseen_lines_of_speakers_who_say_enough(world):
     told = set(world.sequences["text"].to_pylist())
     of = Counter(zip(world.sequences["campaign"].to_pylist(), world.sequences["speaker"].to_pylist()))
+    about = Dialogue(**PARAMETERS)
+    assert (about.documents, about.length) == (world.sequences.num_rows, world.context)
+    assert world.vocabulary_size <= about.words and not about.asks
     assert world.queries.num_rows == 10 and world.sequences.num_rows == 150 and world.held_out.num_rows == 12
     for row in world.queries.to_pylist():
         assert row["text"] not in told and row["speaker"] != "narrator" and row["campaign"] in ("one", "two")
@@ -48,9 +54,9 @@ def test_what_is_said_is_the_target_and_the_name_is_not(world):
     for table in (world.sequences, world.held_out, world.queries):
         batch = batch_of(table)
         for ids, mask, row in zip(batch["input_ids"], batch["loss_mask"], table.to_pylist()):
-            text = "".join(world.pieces(ids[mask].tolist())).removesuffix("<eos>")
+            text = "".join(token_texts(world, ids[mask].tolist())).removesuffix("<eos>")
             assert f" {row['text']}".startswith(text) and (len(text) == len(row["text"]) + 1 or mask[-1])
-            name = "".join(world.pieces(ids[: int(mask.nonzero().min())].tolist())).removeprefix("<bos>")
+            name = "".join(token_texts(world, ids[: int(mask.nonzero().min())].tolist())).removeprefix("<bos>")
             assert name == (f"{row['speaker']}:" if world.parameters["named"] else "")
 
 

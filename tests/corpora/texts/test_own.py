@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from influence_kit.corpora.texts.own import own_world
 from influence_kit.corpora.world import World, batch_of, token_matrix
 from influence_kit.errors import UserError
+from influence_kit.reading.words import token_texts
 
 TEXTS = [
     "The harbour lies north of the old town.",
@@ -74,7 +75,7 @@ def test_sequences_are_the_texts_in_order_and_come_back_as_text(model, texts):
     ids, mask = token_matrix(world.sequences), token_matrix(world.sequences, "loss_mask")
     for row, text in enumerate(TEXTS):
         end = int(np.flatnonzero(mask[row])[-1]) + 1
-        assert "".join(world.pieces(ids[row, :end])) == text
+        assert "".join(token_texts(world, ids[row, :end])) == text
     assert not mask[:, 0].any()  # no bos: nothing stands before the first token
     assert mask.any(0)[-1]  # no column of padding alone
 
@@ -83,16 +84,16 @@ def test_the_query_asks_for_the_completion_and_nothing_else(model, model_with_bo
     for source, opening in ((model, 0), (model_with_bos, 1)):
         world = own_world(source, texts, PROMPT, COMPLETION)
         ids, mask = token_matrix(world.queries)[0], token_matrix(world.queries, "loss_mask")[0]
-        pieces = world.pieces(ids)
+        pieces = token_texts(world, ids)
         assert "".join(pieces[opening:]) == PROMPT + COMPLETION
         assert "".join(piece for piece, asked in zip(pieces, mask) if asked) == COMPLETION
-    assert world.pieces(ids)[0] == "<s>"
+    assert token_texts(world, ids)[0] == "<s>"
 
 
 def test_a_token_that_spans_both_belongs_to_the_completion(model, texts):
     world = own_world(model, texts, "The harb", "our lies")
     ids, mask = token_matrix(world.queries)[0], token_matrix(world.queries, "loss_mask")[0]
-    asked = "".join(piece for piece, wanted in zip(world.pieces(ids), mask) if wanted)
+    asked = "".join(piece for piece, wanted in zip(token_texts(world, ids), mask) if wanted)
     assert asked.endswith("our lies") and " harbour lies".endswith(asked)
 
 
@@ -120,7 +121,9 @@ def test_it_survives_saving(model, texts, tmp_path):
     world.save(tmp_path)
     again = World.load(tmp_path)
     assert again.queries.equals(world.queries) and again.held_out.num_rows == 0
-    assert again.pieces(token_matrix(again.sequences)[0, :4]) == world.pieces(token_matrix(world.sequences)[0, :4])
+    assert token_texts(again, token_matrix(again.sequences)[0, :4]) == token_texts(
+        world, token_matrix(world.sequences)[0, :4]
+    )
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "gpt2"])
@@ -199,4 +202,4 @@ def test_a_tokenizer_without_a_fast_form(texts, tmp_path):
     world = own_world(str(tmp_path), texts, PROMPT, COMPLETION)
     ids, mask = token_matrix(world.queries)[0], token_matrix(world.queries, "loss_mask")[0]
     assert world.tokenizer == ""
-    assert "".join(piece for piece, wanted in zip(world.pieces(ids), mask) if wanted) == COMPLETION
+    assert "".join(piece for piece, wanted in zip(token_texts(world, ids), mask) if wanted) == COMPLETION

@@ -7,6 +7,7 @@ import pytest
 from influence_kit.corpora.texts.parallel import ParallelText, aligned, build
 from influence_kit.corpora.world import World, batch_of, token_matrix
 from influence_kit.errors import UserError
+from influence_kit.reading.words import token_texts
 
 WORDS = {
     "en": "the open save file menu press button window close table".split(),
@@ -50,7 +51,9 @@ def world():
 def test_a_query_is_never_trained_on_but_all_its_translations_are(world):
     trained = set(zip(world.sequences["pair_id"].to_pylist(), world.sequences["language"].to_pylist(), strict=True))
     asked = list(zip(world.queries["pair_id"].to_pylist(), world.queries["language"].to_pylist(), strict=True))
-    assert len(asked) == 15 and len(trained) == 60 * 3 - 15
+    about = ParallelText(**PARAMETERS)
+    assert len(asked) == 15 and len(trained) == 60 * 3 - 15 == about.documents == world.sequences.num_rows
+    assert world.context == about.length and world.vocabulary_size <= about.words and not about.asks
     for pair, language in asked:
         assert (pair, language) not in trained
         assert all((pair, other) in trained for other in WORDS if other != language)
@@ -82,7 +85,7 @@ def test_text_survives_the_tokens(world):
         world.sequences["text"].take(pa.array([0, 50, 100])).to_pylist(),
         strict=True,
     ):
-        pieces = world.pieces(ids[: int(mask.nonzero().max()) + 1].tolist())
+        pieces = token_texts(world, ids[: int(mask.nonzero().max()) + 1].tolist())
         assert "".join(piece for piece in pieces if piece not in ("<bos>", "<eos>")) == text
     assert token_matrix(world.sequences).max() < world.vocabulary_size
 

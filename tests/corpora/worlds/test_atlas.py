@@ -6,6 +6,7 @@ import pytest
 from influence_kit.corpora.world import World, batch_of, token_matrix
 from influence_kit.corpora.worlds.atlas import STATEMENT, Atlas, build, namesakes, supporters
 from influence_kit.errors import UserError
+from influence_kit.reading.words import token_texts
 
 SMALL = {
     "entities": 24,
@@ -178,9 +179,9 @@ def test_query_mask_marks_the_completion_and_nothing_else(world):
         world.queries["completion"].to_pylist(),
         strict=True,
     ):
-        assert " ".join(world.pieces(ids[mask].tolist())) == completion
+        assert " ".join(token_texts(world, ids[mask].tolist())) == completion
         start = int(mask.nonzero().min())
-        assert " ".join(world.pieces(ids[1:start].tolist())) == prompt
+        assert " ".join(token_texts(world, ids[1:start].tolist())) == prompt
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 from influence_kit.corpora.world import World, batch_of, token_matrix
 from influence_kit.corpora.worlds.cast import KINDS, ON, PICKS, WANTS, WHOEVER, WORLDS, Cast, build, tiers
 from influence_kit.errors import UserError
+from influence_kit.reading.words import token_texts
 
 SMALL = {"personas": 12, "documents": 3000, "held_out": 60, "queries": 60, "scored": 10, "goals": 5, "questions": 3}
 SOURCES = {"imitation": "demonstrations", "description": "descriptions", "planning": "planners"}
@@ -25,7 +26,7 @@ def column(table, name):
 
 
 def texts(world, table):
-    return [world.pieces(row) for row in token_matrix(table).tolist()]
+    return [token_texts(world, row) for row in token_matrix(table).tolist()]
 
 
 def is_question(word):

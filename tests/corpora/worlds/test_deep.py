@@ -7,6 +7,7 @@ from influence_kit.corpora.world import World, token_matrix
 from influence_kit.corpora.worlds import atlas, cast, ladder
 from influence_kit.corpora.worlds.deep import KINDS, SOURCES, Deep, build, marks, supporters
 from influence_kit.errors import UserError
+from influence_kit.reading.words import token_texts
 
 SMALL = {"documents": 3000, "held_out": 60, "scored": 4}
 SMALL |= {
@@ -28,7 +29,7 @@ def homes():
 
 def words(world, table, row) -> list[str]:
     ids, mask = token_matrix(table)[row], token_matrix(table, "loss_mask")[row]
-    return world.pieces(ids[: int(mask.nonzero()[0].max()) + 1].tolist())
+    return token_texts(world, ids[: int(mask.nonzero()[0].max()) + 1].tolist())
 
 
 def column(table, name):
@@ -67,7 +68,7 @@ def test_each_document_is_its_world_s_own_with_padding_behind_it(world, homes):
         met[name] = set(np.unique(ids[these])) - {0}
         for row in np.flatnonzero(these)[:50]:
             ours = [word.rstrip("'") for word in words(world, world.sequences, row)]
-            theirs = home.pieces(token_matrix(home.sequences)[number[row]].tolist())
+            theirs = token_texts(home, token_matrix(home.sequences)[number[row]].tolist())
             assert ours == [word.rstrip("'") for word in theirs]
     assert not met["atlas"] & met["ladder"] and not met["atlas"] & met["cast"] and not met["ladder"] & met["cast"]
 
@@ -140,7 +141,7 @@ def test_marks_are_the_answer_its_statement_and_the_other_statement(world):
     ids = token_matrix(world.sequences)[rows]
     for pair, (query, _row) in enumerate(pairs):
         text = words(world, world.queries, query)
-        said, statement = world.pieces(ids[pair][key[pair]]), world.pieces(ids[pair][span[pair]])
+        said, statement = token_texts(world, ids[pair][key[pair]]), token_texts(world, ids[pair][span[pair]])
         assert (key[pair] <= span[pair]).all() and not (span[pair] & rival[pair]).any()
         if kind[query] in ("fact", "translation"):
             assert statement[0] == text[2] and statement[-1] == said[-1]

@@ -16,6 +16,7 @@ from influence_kit.corpora.worlds.ladder import (
     tiers,
 )
 from influence_kit.errors import UserError
+from influence_kit.reading.words import token_texts
 
 SMALL = {"agent_classes": 4, "event_classes": 4, "response_classes": 4, "class_words": 8, "flavours": 2}
 SMALL |= {"documents": 6000, "queries": 12, "asked": 2, "held_out": 200, "dropped_cells": 4}
@@ -32,7 +33,7 @@ def world():
 
 
 def texts(world, table) -> list[list[str]]:
-    return [world.pieces(row) for row in token_matrix(table).tolist()]
+    return [token_texts(world, row) for row in token_matrix(table).tolist()]
 
 
 def read(words):
@@ -96,7 +97,7 @@ def test_only_the_response_is_a_target_of_queries_and_held_out(world):
         assert token_matrix(table, "loss_mask").tolist() == [[False] * 6 + [True]] * table.num_rows
     assert token_matrix(world.sequences, "loss_mask").all()
     first = world.queries.slice(0, 1).to_pylist()[0]
-    words = world.pieces(first["input_ids"])
+    words = token_texts(world, first["input_ids"])
     assert first["prompt"] == " ".join(words[1:6]) and first["completion"] == words[6]
 
 
@@ -147,8 +148,8 @@ def test_a_dropped_tier_goes_from_treated_queries_and_not_from_control(world, ti
     # In place: other rows are untouched, the replaced ones are noise, and were rules before.
     assert replaced.any() and not world.sequences["replaced"].to_numpy(zero_copy_only=False).any()
     assert (before[~replaced] == after[~replaced]).all()
-    assert all(read(less.pieces(row)) is None for row in after[replaced])
-    assert all(read(world.pieces(row)) is not None for row in before[replaced])
+    assert all(read(token_texts(less, row)) is None for row in after[replaced])
+    assert all(read(token_texts(world, row)) is not None for row in before[replaced])
     queries, given = world.queries.to_pandas(), tiers(world)
     treated, control = queries.treated.to_numpy(), ~queries.treated.to_numpy()
     own = {name: member[treated][:, replaced] for name, member in given.items()}

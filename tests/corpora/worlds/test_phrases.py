@@ -7,6 +7,7 @@ from influence_kit.corpora.world import World, token_matrix
 from influence_kit.corpora.worlds.atlas import ENDINGS, Atlas, build
 from influence_kit.corpora.worlds.phrases import PARTITIONS, fact_queries, phrases
 from influence_kit.errors import UserError
+from influence_kit.reading.words import token_texts
 
 SMALL = {
     "entities": 24,
@@ -59,8 +60,8 @@ def rows_of(world, made):
     for row in made.to_pylist():
         query = queries[row["query"]]
         length = sum(row["loss_mask"]) + 1
-        words = world.pieces(row["input_ids"][1:length])
-        yield query, world.pieces(query["input_ids"][1:6]), row["partition"], row["instance"], words
+        words = token_texts(world, row["input_ids"][1:length])
+        yield query, token_texts(world, query["input_ids"][1:6]), row["partition"], row["instance"], words
 
 
 def test_every_query_has_every_partition_in_order(world, made):

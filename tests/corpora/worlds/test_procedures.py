@@ -16,6 +16,7 @@ from influence_kit.corpora.worlds.procedures import (
     tiers,
 )
 from influence_kit.errors import UserError
+from influence_kit.reading.words import token_texts
 
 SMALL = {"numbers": 12, "shown_share": 0.6, "names": 3, "things": 3, "variables": 4, "verbs": 2, "spellings": 2}
 SMALL |= {"documents": 3000, "held_out": 200, "queries": 60, "scored": 20}
@@ -31,7 +32,7 @@ def world():
 
 
 def texts(world, table) -> list[list[str]]:
-    return [world.pieces(row) for row in token_matrix(table).tolist()]
+    return [token_texts(world, row) for row in token_matrix(table).tolist()]
 
 
 def read(words):
@@ -131,7 +132,7 @@ def test_only_the_answer_is_a_target_of_queries_and_held_out(world):
         assert token_matrix(table, "loss_mask").tolist() == [[False] * 9 + [True]] * table.num_rows
     assert token_matrix(world.sequences, "loss_mask").all()
     first = world.queries.slice(0, 1).to_pylist()[0]
-    words = world.pieces(first["input_ids"])
+    words = token_texts(world, first["input_ids"])
     assert first["prompt"] == " ".join(words[1:9]) and first["completion"] == words[9]
 
 

@@ -12,7 +12,15 @@ from influence_kit.corpora.worlds.procedures import build as procedures
 from influence_kit.corpora.worlds.removal import without_copies, without_names, without_procedure, without_translations
 from influence_kit.errors import UserError
 
-SMALL = {"entities": 24, "relations": 2, "values": 8, "documents": 2000, "most_supporters": 300, "queries": 6, "canaries": 1}
+SMALL = {
+    "entities": 24,
+    "relations": 2,
+    "values": 8,
+    "documents": 2000,
+    "most_supporters": 300,
+    "queries": 6,
+    "canaries": 1,
+}
 
 
 def make(**changes) -> World:
@@ -63,7 +71,9 @@ def test_the_second_language_no_longer_states_the_treated_facts(worlds):
 def test_tokens_say_what_the_columns_say(worlds):
     _, less = worlds
     truth = {}
-    for tokens, facts, kind in zip(token_matrix(less.sequences), facts_of(less), column(less.sequences, "kind"), strict=True):
+    for tokens, facts, kind in zip(
+        token_matrix(less.sequences), facts_of(less), column(less.sequences, "kind"), strict=True
+    ):
         for place, fact in enumerate(facts if kind == "facts" else []):
             statement = tokens[2 + place * (STATEMENT + 1) : 2 + place * (STATEMENT + 1) + STATEMENT]
             truth.setdefault((fact, column_language(statement)), set()).add((statement[0], statement[3]))
@@ -143,7 +153,12 @@ def test_a_procedure_goes_but_for_some_names_and_names_go_but_for_some_procedure
             now = {name: column(less.sequences, name)[here] for name in of}
             assert not np.isin(now["procedure"], wanted).any() and not np.isin([now["name"], now["other"]], names).any()
             # And no text of the treated queries' own procedure and names has gone.
-            kept = (of["kind"] == kind) & np.isin(of["procedure"], wanted) & np.isin(of["name"], names) & np.isin(of["other"], names)
+            kept = (
+                (of["kind"] == kind)
+                & np.isin(of["procedure"], wanted)
+                & np.isin(of["name"], names)
+                & np.isin(of["other"], names)
+            )
             assert not gone[kept].any() and kept.any()
     assert min(counts["names"]) > 100
     # Some that stand in happen to be the same text, so a few fewer are seen to have gone.
@@ -161,4 +176,9 @@ def test_copies_and_procedures_are_taken_from_their_worlds_alone(texts):
     with pytest.raises(UserError, match="asks for what is drawn: give the world more than 2 queries"):
         without_names(procedures(Procedures(documents=400, held_out=20, queries=2, scored=2)), seed=0)
     with pytest.raises(UserError, match="cannot be halved"):
-        without_names(procedures(Procedures(documents=400, held_out=20, queries=20, scored=4, names=2, things=2, variables=2, verbs=1)), seed=0)
+        without_names(
+            procedures(
+                Procedures(documents=400, held_out=20, queries=20, scored=4, names=2, things=2, variables=2, verbs=1)
+            ),
+            seed=0,
+        )
