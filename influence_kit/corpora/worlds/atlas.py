@@ -405,11 +405,3 @@ def _queries(known: Known, rng: np.random.Generator, statements: np.ndarray, tra
     columns = {name: [row.get(name, -1) for row in rows] for name in names}
     columns["scored"] = [row["kind"] == "canary" or row["availability"] == "both" for row in rows]
     return pa.table({**token_columns(padded, mask), **in_words(lexicon.vocabulary, padded, mask), **columns})
-
-
-_Lexicon = Lexicon  # TRANSITION
-
-
-def _availability(world, rng, facts):  # TRANSITION
-    both = round(world.both_share * facts)
-    return rng.permutation(np.concatenate([np.zeros(both, int), 1 + np.arange(facts - both) % 2]))
