@@ -3,6 +3,8 @@
 A `.deb` is an `ar` archive with two compressed tar archives inside (deb(5)); python-debian opens the outer one.
 """
 
+from __future__ import annotations
+
 import errno
 import io
 import lzma
@@ -13,11 +15,12 @@ import subprocess
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from influence_kit.errors import UserError
+from influence_kit.files import free_disk, sha256
 
 PACKAGE_NAME = re.compile(r"[a-z0-9][a-z0-9+.-]+")
 # apt-get update waits forever on a full disk instead of failing, so the space for its lists is asked for first.
@@ -36,13 +39,17 @@ NO_SPACE = "No space left on device", "enough free space"
 
 def _other_ways(packages: Sequence[str]) -> str:
     files = ", ".join(f"{package}_*.deb" for package in packages)
-    return (f"run on Debian or Ubuntu (or in a Debian container) with a network, or put {files} into a folder and set "
-            "the text source to 'debs' with that folder, or run with --without-real-text")
+    return (
+        f"run on Debian or Ubuntu (or in a Debian container) with a network, or put {files} into a folder and set "
+        "the text source to 'debs' with that folder, or run with --without-real-text"
+    )
 
 
 def _disk_error(folder: Path, reason: str) -> UserError:
-    return UserError(f"cannot write Debian packages to {folder}: {reason}; "
-                     "set INFLUENCE_KIT_CACHE to a folder with space that you may write to")
+    return UserError(
+        f"cannot write Debian packages to {folder}: {reason}; "
+        "set INFLUENCE_KIT_CACHE to a folder with space that you may write to"
+    )
 
 
 @contextmanager
@@ -50,8 +57,15 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
-                           errno.EEXIST):
+        if error.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+            errno.ENOTDIR,
+            errno.EEXIST,
+        ):
             raise _disk_error(folder, error.strerror or str(error)) from error
         raise
 
@@ -64,8 +78,13 @@ def available() -> str | None:
     if shutil.which("apt-get") is None:
         return "apt-get is not on this machine (PATH has none)"
     # Tells what would be downloaded and does nothing; unlike `indextargets` it answers with empty lists as well.
-    listed = subprocess.run(["apt-get", "-o", "Debug::NoLocking=1", "update", "--print-uris"], capture_output=True,
-                            text=True, env=os.environ | {"LC_ALL": "C"}, timeout=60)
+    listed = subprocess.run(
+        ["apt-get", "-o", "Debug::NoLocking=1", "update", "--print-uris"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"LC_ALL": "C"},
+        timeout=60,
+    )
     if listed.returncode != 0:
         return f"apt-get does not run here: {_first_error(listed.stdout + listed.stderr)}"
     if "'" not in listed.stdout:
@@ -83,25 +102,45 @@ def find(package: str, folder: Path) -> Path | None:
     return max(found, key=lambda path: Version(version(path)))
 
 
-def fetch(packages: Sequence[str], folder: Path) -> list[Path]:
-    """Download packages (not their dependencies) into `folder` with apt, needing no root and installing nothing.
+def fetch(packages: Sequence[str], folder: Path, download: bool = True) -> list[Path]:
+    """Packages (not their dependencies) as files in `folder`, by apt, needing no root and installing nothing.
 
     Packages that already lie there are used as they are. Where the system's package lists are empty, outdated or lack
     the package, lists are downloaded into a private folder inside `folder` and removed afterwards.
 
-    Returns the `.deb` files in the order of `packages`.
-    Raises UserError: apt-get absent, no network, package unknown, disk full or not writable.
+    Args:
+        packages: Their names.
+        folder: Where the files are put, or, without `download`, have to lie.
+        download: Whether to fetch what is not there.
+
+    Returns:
+        The `.deb` files in the order of `packages`.
+
+    Raises:
+        UserError: apt-get absent, no network, package unknown, disk full or not writable; without `download`, packages
+            that are not there.
     """
     folder = Path(folder).absolute()
     wrong = [package for package in packages if not PACKAGE_NAME.fullmatch(package)]
     if wrong:
         raise UserError(f"not a Debian package name: {wrong[0]!r}; use lower-case letters, digits, '+', '-' and '.'")
     with _disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         missing = [package for package in dict.fromkeys(packages) if find(package, folder) is None]
+        if missing and not download:
+            raise UserError(
+                f"the folder {folder} lacks {', '.join(f'{package}_*.deb' for package in missing)}; put the files there, "
+                "ask for nothing that needs them, or run with --without-real-text"
+            )
         if missing:
+            folder.mkdir(parents=True, exist_ok=True)
             _download(missing, folder)
     return [_found(package, folder) for package in packages]
+
+
+def provenance(debs: Iterable[Path]) -> dict[str, dict[str, str]]:
+    """What says exactly which packages a text was taken from: `version` and `sha256` by package."""
+    about = {deb: control(deb) for deb in debs}
+    return {of["Package"]: {"version": of.get("Version", ""), "sha256": sha256(deb)} for deb, of in about.items()}
 
 
 def _found(package: str, folder: Path) -> Path:
@@ -124,12 +163,12 @@ def _download(packages: list[str], folder: Path) -> None:
             _download_with_private_lists(packages, Path(scratch), arrived, folder, output)
         for path in arrived.glob("*.deb"):
             if not _is_whole(path):  # copying from a local archive, apt takes no notice of a disk that fills up
-                raise _disk_error(folder, f"{path.name} arrived incomplete, {shutil.disk_usage(folder).free} bytes free")
+                raise _disk_error(folder, f"{path.name} arrived incomplete, {free_disk(folder)} bytes free")
             os.replace(path, folder / path.name)
 
 
 def _download_with_private_lists(packages: list[str], scratch: Path, arrived: Path, folder: Path, before: str) -> None:
-    free = shutil.disk_usage(folder).free
+    free = free_disk(folder)
     if free < LISTS_BYTES:
         raise _disk_error(folder, f"{free / 1e6:.0f} MB free, {LISTS_BYTES / 1e6:.0f} MB needed for package lists")
     lists, cache = scratch / "lists", scratch / "cache"
@@ -143,23 +182,36 @@ def _download_with_private_lists(packages: list[str], scratch: Path, arrived: Pa
     # apt-get update exits with 0 even when no archive answered; what tells is whether any list arrived.
     if not list(lists.glob("*_Packages*")):
         quoted = _first_error(updated) or _first_error(before)
-        raise UserError(f"cannot fetch {', '.join(packages)}: no package archive answered apt-get ({quoted}); "
-                        f"{_other_ways(packages)}")
+        raise UserError(
+            f"cannot fetch {', '.join(packages)}: no package archive answered apt-get ({quoted}); "
+            f"{_other_ways(packages)}"
+        )
     unknown = re.findall(r"Unable to locate package (\S+)", output)
     if unknown:
-        raise UserError(f"the configured Debian archives have no package {', '.join(unknown)}; check the name and the "
-                        f"apt sources, or {_other_ways(unknown)}")
-    raise UserError(f"cannot fetch {', '.join(packages)}: apt-get says '{_first_error(output)}'; "
-                    f"{_other_ways(packages)}")
+        raise UserError(
+            f"the configured Debian archives have no package {', '.join(unknown)}; check the name and the "
+            f"apt sources, or {_other_ways(unknown)}"
+        )
+    raise UserError(
+        f"cannot fetch {', '.join(packages)}: apt-get says '{_first_error(output)}'; {_other_ways(packages)}"
+    )
 
 
 def _apt(command: list[str], options: Sequence[str], working: Path, folder: Path) -> tuple[bool, str]:
-    """(succeeded, output) of `apt-get command` run in the folder `working`. Raises UserError when the disk is full."""
+    """(succeeded, output) of `apt-get command` run in the folder `working`; UserError when the disk is full."""
     arguments = [part for option in (*APT_OPTIONS, *options) for part in ("-o", option)]
     try:
-        ended = subprocess.run(["apt-get", "-q", *arguments, *command], cwd=working, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True, errors="replace",
-                               env=os.environ | {"LC_ALL": "C"}, timeout=APT_SECONDS)
+        ended = subprocess.run(
+            ["apt-get", "-q", *arguments, *command],
+            cwd=working,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+            env=os.environ | {"LC_ALL": "C"},
+            timeout=APT_SECONDS,
+        )
     except subprocess.TimeoutExpired:
         return False, f"E: apt-get {command[0]} did not end within {APT_SECONDS} seconds"
     if any(phrase in ended.stdout for phrase in NO_SPACE):
@@ -211,7 +263,9 @@ def members(deb: Path, suffixes: str | Sequence[str] = "") -> Iterator[tuple[str
     """(name, content) of each regular file of the package whose name ends in one of `suffixes` (default: all).
 
     Names have no leading slash ("usr/share/..."); the order is the archive's. Nothing is written to disk.
-    Raises UserError when the file is missing or not a Debian package (xz, gz, bz2 and zstd are read).
+
+    Raises:
+        UserError: the file is missing or not a Debian package (xz, gz, bz2 and zstd are read).
     """
     suffixes = (suffixes,) if isinstance(suffixes, str) else tuple(suffixes)
     with _part(Path(deb), "data") as archive:
@@ -222,7 +276,7 @@ def members(deb: Path, suffixes: str | Sequence[str] = "") -> Iterator[tuple[str
 
 
 def control(deb: Path) -> dict[str, str]:
-    """The package's control fields, for example {"Package": ..., "Version": ...}. Raises UserError as `members`."""
+    """The package's control fields, for example {"Package": ..., "Version": ...}; UserError as `members`."""
     from debian.deb822 import Deb822
 
     with _part(Path(deb), "control") as archive:
@@ -234,5 +288,5 @@ def control(deb: Path) -> dict[str, str]:
 
 
 def version(deb: Path) -> str:
-    """The package's version, for example "4:7.4.7-1+deb12u14". Raises UserError as `members`."""
+    """The package's version, for example "4:7.4.7-1+deb12u14"; UserError as `members`."""
     return control(deb).get("Version", "")

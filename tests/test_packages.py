@@ -41,8 +41,11 @@ def make_deb(path: Path, name: str, version: str, files: dict[str, bytes], compr
 
     control = f"Package: {name}\nVersion: {version}\nArchitecture: all\nMaintainer: Nobody\nDescription: invented\n"
     content = b"!<arch>\n"
-    for member, data in (("debian-binary", b"2.0\n"), (f"control.tar.{compression}", tar({"control": control.encode()})),
-                         (f"data.tar.{compression}", tar(files))):
+    for member, data in (
+        ("debian-binary", b"2.0\n"),
+        (f"control.tar.{compression}", tar({"control": control.encode()})),
+        (f"data.tar.{compression}", tar(files)),
+    ):
         content += f"{member:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n".encode() + data
         content += b"\n" * (len(data) % 2)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,15 +73,19 @@ def archive(open_folder, monkeypatch) -> Path:
 def publish(folder: Path, files: dict[str, bytes]) -> None:
     deb = make_deb(folder / "tiny.deb", "tiny-words", "2:1.5-1", files)
     control = "\n".join(f"{key}: {value}" for key, value in debian.control(deb).items())
-    (folder / "Packages").write_text(f"{control}\nFilename: ./tiny.deb\nSize: {deb.stat().st_size}\n"
-                                     f"SHA256: {hashlib.sha256(deb.read_bytes()).hexdigest()}\n")
+    (folder / "Packages").write_text(
+        f"{control}\nFilename: ./tiny.deb\nSize: {deb.stat().st_size}\n"
+        f"SHA256: {hashlib.sha256(deb.read_bytes()).hexdigest()}\n"
+    )
 
 
 def use_sources(tmp_path: Path, monkeypatch, sources: str) -> None:
     (tmp_path / "lists" / "partial").mkdir(parents=True, exist_ok=True)
     (tmp_path / "sources.list").write_text(sources)
-    (tmp_path / "apt.conf").write_text(f'Dir::Etc::sourcelist "{tmp_path}/sources.list";\nDir::Etc::sourceparts "-";\n'
-                                       f'Dir::State::lists "{tmp_path}/lists";\n')
+    (tmp_path / "apt.conf").write_text(
+        f'Dir::Etc::sourcelist "{tmp_path}/sources.list";\nDir::Etc::sourceparts "-";\n'
+        f'Dir::State::lists "{tmp_path}/lists";\n'
+    )
     monkeypatch.setenv("APT_CONFIG", str(tmp_path / "apt.conf"))
 
 
@@ -107,7 +114,9 @@ def test_a_damaged_package_is_named(tmp_path, compression):
         dict(debian.members(deb))
     assert str(deb) in one_line(error)
     middle = len(whole) - 9_000
-    deb.write_bytes(whole[:middle] + bytes(byte ^ 0x5A for byte in whole[middle:middle + 400]) + whole[middle + 400:])
+    deb.write_bytes(
+        whole[:middle] + bytes(byte ^ 0x5A for byte in whole[middle : middle + 400]) + whole[middle + 400 :]
+    )
     if compression == "xz":  # the others carry no check of what lies in the middle
         with pytest.raises(UserError, match="remove it and fetch it again"):
             dict(debian.members(deb))
@@ -214,7 +223,9 @@ def test_a_full_disk_is_named(archive, small_disk):
     assert str(small_disk) in one_line(error) and "INFLUENCE_KIT_CACHE" in one_line(error)
 
     publish(archive, {"usr/big": os.urandom(2_000_000)})
-    subprocess.run(["apt-get", "update"], check=True, capture_output=True)  # with lists at hand it comes to the download
+    subprocess.run(
+        ["apt-get", "update"], check=True, capture_output=True
+    )  # with lists at hand it comes to the download
     with pytest.raises(UserError, match=r"no space left|arrived incomplete") as error:
         debian.fetch(["tiny-words"], small_disk)
     assert str(small_disk) in one_line(error) and "INFLUENCE_KIT_CACHE" in one_line(error)

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 
 from influence_kit.corpora.texts import dialogue as spoken
 from influence_kit.corpora.texts import parallel as aligned
-from influence_kit.corpora.texts import realtext
+from influence_kit.corpora.texts.paragraphs import load_text, save_text
+from influence_kit.corpora.texts.sources import read_text
 from influence_kit.corpora.texts.wesnoth import campaign_lines
 from influence_kit.corpora.world import World, batch_of, token_columns
 from influence_kit.corpora.worlds import removal
@@ -31,15 +32,14 @@ if TYPE_CHECKING:
 def text(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
     """Fetch or read real text once: text.parquet and manifest.json."""
     downloads = _downloads(out)
-    table, manifest = realtext.read_text(parameters["source"], parameters["languages"], parameters["folder"] or downloads)
-    realtext.cache_text(table, manifest, out)
+    save_text(read_text(parameters["source"], parameters["languages"], parameters["folder"] or downloads), out)
 
 
 def lines(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
     """Fetch or read the lines of campaigns once: text.parquet and manifest.json."""
     downloads, fetched = _downloads(out), parameters["source"] == "wesnoth"
     table = campaign_lines(parameters["campaigns"], downloads if fetched else Path(parameters["folder"]), fetched)
-    realtext.cache_text(table, realtext.describe(table), out)
+    save_text(table, out)
 
 
 def _downloads(out: Path) -> Path:
@@ -50,12 +50,12 @@ def _downloads(out: Path) -> Path:
 
 def parallel(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
     """Make the world of parallel paragraphs from the text."""
-    aligned.build(aligned.ParallelText(**tuples(parameters)), realtext.load_text(inputs["text"])[0]).save(out)
+    aligned.build(aligned.ParallelText(**tuples(parameters)), load_text(inputs["text"])).save(out)
 
 
 def dialogue(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
     """Make the world of dialogue from the lines."""
-    spoken.build(spoken.Dialogue(**tuples(parameters)), realtext.load_text(inputs["text"])[0]).save(out)
+    spoken.build(spoken.Dialogue(**tuples(parameters)), load_text(inputs["text"])).save(out)
 
 
 def without_translations(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:

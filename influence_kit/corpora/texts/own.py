@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from influence_kit.corpora.texts.realtext import local_text
+from influence_kit.corpora.texts.folder import local_text
 from influence_kit.corpora.tokens import check_vocabulary, encode_with
 from influence_kit.corpora.world import World, token_columns
-from influence_kit.errors import UserError
+from influence_kit.errors import UserError, first_line
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -20,16 +20,22 @@ HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 def own_world(model: str, texts: str, prompt: str, completion: str, length: int = 64, limit: int = 500) -> World:
     """Everything but the weights: texts as sequences, the question as the one query. Reads no weights, so it fails early.
 
-    model: a folder in the transformers layout, or a hub name; texts: a file or folder (see `realtext.local_text`), of
-    which `limit` are taken, evenly over all, each cut to `length` tokens. The completion is the part of
-    `prompt + completion` from the first token that the prompt alone would not give: write the space between them.
-
     Columns of sequences: pair_id, language, source, text; of the query: prompt, completion. The tokenizer needs neither
     a padding token nor a bos token (without one, a sequence's first token is no target); `parameters["opening"]` says
     how many tokens stand before the prompt.
 
-    Raises UserError naming the parameter: an empty or impossible one, a model or tokenizer that is not there, texts that
-    are missing or give no target, token ids beyond the model's vocabulary, sequences beyond its context.
+    Args:
+        model: A folder in the transformers layout, or a hub name.
+        texts: A file or folder (see `folder.local_text`).
+        prompt: The question's given part.
+        completion: What influence on is asked: the part of `prompt + completion` from the first token that the prompt
+            alone would not give. Write the space between them.
+        length: Tokens that a text is cut to.
+        limit: Number of texts that are taken, evenly over all.
+
+    Raises:
+        UserError: names the parameter: an empty or impossible one, a model or tokenizer that is not there, texts that are
+            missing or give no target, token ids beyond the model's vocabulary, sequences beyond its context.
     """
     for name, value in (("model", model), ("texts", texts), ("completion", completion)):
         if not value.strip():
@@ -47,7 +53,9 @@ def own_world(model: str, texts: str, prompt: str, completion: str, length: int 
     opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     asked, start = _query(tokenizer, opening, prompt, completion)
     if context and len(asked) > context:
-        raise UserError(f"the prompt and completion are {len(asked)} tokens, but {model} reads at most {context}: shorten them")
+        raise UserError(
+            f"the prompt and completion are {len(asked)} tokens, but {model} reads at most {context}: shorten them"
+        )
     check_vocabulary(np.array(asked), config.vocab_size)
 
     found = local_text(place)
@@ -56,7 +64,9 @@ def own_world(model: str, texts: str, prompt: str, completion: str, length: int 
     input_ids, loss_mask = encode_with(tokenizer, found["text"].to_pylist(), length, config.vocab_size)
     kept = loss_mask.any(1)
     if not kept.any():
-        raise UserError(f"texts={texts!r}: none of {len(input_ids)} texts has two tokens, so there is nothing to predict")
+        raise UserError(
+            f"texts={texts!r}: none of {len(input_ids)} texts has two tokens, so there is nothing to predict"
+        )
     used = int(np.flatnonzero(loss_mask.any(0))[-1]) + 1  # no wider than the longest text
     columns = {name: found[name].filter(pa.array(kept)) for name in ("pair_id", "language", "source", "text")}
     sequences = pa.table({**token_columns(input_ids[kept, :used], loss_mask[kept, :used]), **columns})
@@ -76,7 +86,7 @@ def own_world(model: str, texts: str, prompt: str, completion: str, length: int 
 
 
 def model_source(model: str) -> str:
-    """The folder that `model` names, else the hub name. Raises UserError for what can be neither."""
+    """The folder that `model` names, else the hub name; UserError for what can be neither."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         return str(folder)
@@ -87,14 +97,14 @@ def model_source(model: str) -> str:
 
 
 def own_tokenizer(source: str) -> Any:
-    """The tokenizer kept beside a model. Raises UserError when there is none."""
+    """The tokenizer kept beside a model; UserError when there is none."""
     import transformers
 
     remedy = "save the model's tokenizer beside its weights (tokenizer.save_pretrained)"
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        raise UserError(f"{source} has no tokenizer that can be loaded ({_first_line(error)}): {remedy}") from error
+        raise UserError(f"{source} has no tokenizer that can be loaded ({first_line(error)}): {remedy}") from error
     # Without its files some tokenizers of transformers load all the same, with an empty vocabulary.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(f"{source} has no tokenizer: only {len(tokenizer)} special tokens were found; {remedy}")
@@ -108,7 +118,7 @@ def _configuration(source: str) -> Any:
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"model {source!r} has no configuration that can be loaded ({_first_line(error)}): give a local folder with "
+            f"model {source!r} has no configuration that can be loaded ({first_line(error)}): give a local folder with "
             "config.json, or a hub name on a machine with internet"
         ) from error
     return config.get_text_config()
@@ -133,7 +143,3 @@ def _query(tokenizer: Any, opening: list[int], prompt: str, completion: str) -> 
             "completion follows"
         )
     return asked, start
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

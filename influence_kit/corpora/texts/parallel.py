@@ -54,7 +54,7 @@ class ParallelText:
 
 
 def build(parameters: ParallelText, text: pa.Table) -> World:
-    """Make the world from a table with columns pair_id, language, text (see `realtext.read_text`).
+    """Make the world from a table with columns pair_id, language, text (see `sources.read_text`).
 
     Columns of sequences: pair_id, language, text, scan (bool: is it scored). Queries: pair_id, language, completion.
     Raises UserError when a language is missing or fewer paragraphs than needed exist in all languages.

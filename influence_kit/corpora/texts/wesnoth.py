@@ -12,9 +12,7 @@ Read are messages whose speaker is named; what macros with arguments would say i
 
 from __future__ import annotations
 
-import hashlib
 import html
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +21,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from influence_kit import packages as debian
+from influence_kit.corpora.texts.paragraphs import paragraphs
 from influence_kit.errors import UserError
 
 SCHEMA = pa.schema(
@@ -50,42 +49,29 @@ MARKUP = re.compile(r"<[^<>]*>")
 def campaign_lines(campaigns: Sequence[str], folder: Path, download: bool = True) -> pa.Table:
     """All named speakers' lines of these campaigns, in the order of scenario files and of lines within them.
 
-    campaigns: package suffixes ("httt", "utbs", ...). folder: where the `.deb` files are put, or, with `download=False`, lie.
-    Which series is packaged (1.16, 1.18, ...) differs between systems: the newest at hand is taken.
+    Which series is packaged (1.16, 1.18, ...) differs between systems: the newest at hand is taken. No speaker says the same
+    text twice in a campaign.
 
-    Columns: pair_id (unique), language ("en"), text, campaign, scenario (its file), speaker (WML's id), side (of the speaker in
-    most scenarios that say so, as a number; "" where none does), order (within the campaign). No speaker says the same text
-    twice in a campaign.
-    Raises UserError: see `debian.fetch`; packages missing in `folder`; a package without scenarios.
+    Args:
+        campaigns: Package suffixes ("httt", "utbs", ...).
+        folder: Where the `.deb` files are put, or, without `download`, where they lie.
+        download: Whether to fetch what is not there.
+
+    Returns:
+        Columns pair_id (unique), language ("en"), text, campaign, scenario (its file), speaker (WML's id), side (of the
+        speaker in most scenarios that say so, as a number; "" where none does), order (within the campaign).
+
+    Raises:
+        UserError: no campaign, a package without scenarios, and as `packages.fetch`.
     """
     folder, campaigns = Path(folder), list(dict.fromkeys(campaigns))
     if not campaigns:
         raise UserError("no campaign asked for: campaigns is empty; give package suffixes such as httt, utbs")
     series = _packaged_series(folder) if download else _lying_series(folder)
-    packages = {campaign: f"wesnoth-{series}-{campaign}" for campaign in campaigns}
-    if download:
-        debs = dict(zip(campaigns, debian.fetch(list(packages.values()), folder), strict=True))
-    else:
-        found = {campaign: debian.find(package, folder) for campaign, package in packages.items()}
-        debs = {campaign: deb for campaign, deb in found.items() if deb is not None}
-        if missing := [f"{packages[campaign]}_*.deb" for campaign in campaigns if campaign not in debs]:
-            raise UserError(
-                f"the folder {folder} lacks {', '.join(missing)}; put the files there, leave their campaigns out, or run "
-                "with --without-real-text"
-            )
-    rows = [row for campaign, deb in debs.items() for row in _lines(campaign, deb)]
-    origin = {
-        "source": "wesnoth campaigns",
-        "licence": "GPL-2+",
-        "packages": {
-            packages[campaign]: {
-                "version": debian.version(deb),
-                "sha256": hashlib.sha256(deb.read_bytes()).hexdigest(),
-            }
-            for campaign, deb in debs.items()
-        },
-    }
-    return pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata({"origin": json.dumps(origin)}))
+    debs = debian.fetch([f"wesnoth-{series}-{campaign}" for campaign in campaigns], folder, download)
+    rows = [row for campaign, deb in zip(campaigns, debs) for row in _lines(campaign, deb)]
+    origin = {"source": "wesnoth campaigns", "licence": "GPL-2+", "packages": debian.provenance(debs)}
+    return paragraphs(rows, origin, SCHEMA)
 
 
 def _packaged_series(folder: Path) -> str:

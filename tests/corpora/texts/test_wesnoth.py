@@ -5,7 +5,7 @@ import json
 import pytest
 
 from influence_kit import packages as debian
-from influence_kit.corpora.texts.realtext import describe
+from influence_kit.corpora.texts.paragraphs import describe
 from influence_kit.corpora.texts.wesnoth import campaign_lines, expand, nodes, plain
 from influence_kit.errors import UserError
 from tests.test_packages import make_deb
@@ -131,7 +131,9 @@ def test_what_is_missing_is_named(folder, tmp_path_factory):
         campaign_lines(["ck"], tmp_path_factory.mktemp("empty"), download=False)
     with pytest.raises(UserError, match="no campaign asked for"):
         campaign_lines([], folder, download=False)
-    make_deb(folder / "wesnoth-1.20-mute_1_all.deb", "wesnoth-1.20-mute", "1", {f"{FOLDER}/scenarios/1.cfg": b"[a]\n[/a]"})
+    make_deb(
+        folder / "wesnoth-1.20-mute_1_all.deb", "wesnoth-1.20-mute", "1", {f"{FOLDER}/scenarios/1.cfg": b"[a]\n[/a]"}
+    )
     with pytest.raises(UserError, match="holds no spoken line"):
         campaign_lines(["mute"], folder, download=False)
 
@@ -143,7 +145,7 @@ def test_without_apt_the_remedy_is_said(tmp_path, monkeypatch):
 
 
 def test_tags_that_a_macro_opens_or_closes_do_not_swallow_others():
-    found = list(nodes("[a]\nx=1\n[b]\ny= _ \"two\"\n[/a]\n[/c]\n[message]\nspeaker=Z\n[/message]\n"))
+    found = list(nodes('[a]\nx=1\n[b]\ny= _ "two"\n[/a]\n[/c]\n[message]\nspeaker=Z\n[/message]\n'))
     assert found == [("a", {"x": "1"}), ("message", {"speaker": "Z"})]
 
 
