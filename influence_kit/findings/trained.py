@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,6 +51,17 @@ class Scanned:
 
 
 Scan = Scanned  # TRANSITION
+
+
+def read_scan(folder: Path, corpus_size: int) -> Scanned:
+    """What `common.write_scores` wrote, of a corpus of so many sequences."""
+    from safetensors.torch import load_file
+
+    from influence_kit.engine.scores import Scores
+
+    found = load_file(folder / "scores.safetensors")
+    scores = Scores(found["values"], found["self_influence"], found["query_norm"], (), corpus_size)
+    return Scanned(scores, found["rows"].numpy(), found["queries"].numpy())
 
 
 @lru_cache(maxsize=4)
@@ -118,22 +129,15 @@ class Trained:
 
         Other worlds ask one kind of query, which all come whatever `kind` says.
         """
-        from safetensors.torch import load_file
-
-        from influence_kit.engine.scores import Scores
-
-        found = load_file(ensure(self.planned.influence[fraction]) / "scores.safetensors")
-        queries = found["queries"].numpy()
+        found = read_scan(ensure(self.planned.influence[fraction]), self.world.sequences.num_rows)
         if self.corpus in ("atlas", "little_atlas") and kind is not None:
-            kinds = self.world.queries["kind"].to_numpy(zero_copy_only=False)[queries]
+            kinds = self.world.queries["kind"].to_numpy(zero_copy_only=False)[found.queries]
             if kind not in (known := sorted(set(kinds))):
                 raise UserError(f"kind={kind!r} was not scored: choose one of {', '.join(known)}, or None for all")
-            chosen = np.flatnonzero(kinds == kind)
-            queries = queries[chosen]
-            found |= {name: found[name][chosen] for name in ("values", "query_norm")}
-        size = self.world.sequences.num_rows
-        scores = Scores(found["values"], found["self_influence"], found["query_norm"], (), size)
-        return Scanned(scores, found["rows"].numpy(), queries)
+            chosen, whole = np.flatnonzero(kinds == kind), found.scores
+            scores = replace(whole, values=whole.values[chosen], query_norm=whole.query_norm[chosen])
+            found = Scanned(scores, found.rows, found.queries[chosen])
+        return found
 
     def extra(self, kind: str, fraction: float = 1.0) -> Path:
         """The folder that a stage of this kind wrote about the scan at a fraction; asked for by `extra=` when the models were."""
@@ -233,6 +237,20 @@ def paired(base: Iterable[Trained], others: Iterable[Trained]) -> list[tuple[Tra
             raise UserError(f"{name} was asked other queries than arm {found.arm}: pair arms of one world only")
         pairs.append((found, run))
     return pairs
+
+
+def changed_answers(base: Iterable[Trained], others: Iterable[Trained], fraction: float = 1.0) -> pandas.DataFrame:
+    """What a changed corpus did to answers, `paired`: the others' `answers` at the kept checkpoint nearest a fraction of training,
+    with arm, size and seed, and `change`, by which log p (nats) exceeds that of the base run."""
+    import pandas
+
+    found = []
+    for pair in paired(base, others):
+        apart = [(run.answers["fraction"] - fraction).abs() for run in pair]
+        before, after = (run.answers[far == far.min()] for run, far in zip(pair, apart))
+        about = {"arm": pair[1].arm, "size": pair[1].parameters, "seed": pair[1].seed}
+        found.append(after.assign(change=after["log_p"].to_numpy() - before["log_p"].to_numpy(), **about))
+    return pandas.concat(found, ignore_index=True)
 
 
 def language_name(code: int | str) -> str:
