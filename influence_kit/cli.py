@@ -127,7 +127,7 @@ def run(
     """Make every stage, execute every chapter, write figures/<profile>/ and the verdicts."""
     from influence_kit.findings.discovery import CHECKS, chapter_names, stages_for
     from influence_kit.publishing import notebooks
-    from influence_kit.publishing.results import publish, verdict_table
+    from influence_kit.publishing.results import closing_screen, publish
 
     settings = _load(profile, _seeds(split(seeds)), without_real_text)
     chapters = select(split(only), chapter_names())
@@ -151,7 +151,7 @@ def run(
         return
     folder = root / "figures" / settings.name
     claims, figures = publish(folder, executions, update_expected)
-    print(verdict_table(claims, figures))
+    print(closing_screen(claims, figures, folder))
     cached = len({stage.fingerprint for stage in stages}) - made
     print(f"{made} made, {cached} from the cache, in {clock(time.monotonic() - began)}; see {folder}")
 

@@ -16,9 +16,10 @@ from influence_kit.errors import UserError
 from influence_kit.publishing import notebooks
 from influence_kit.runner.stages import Cost
 from tests.publishing.test_notebooks import write_notebook
+from tests.runner.conftest import own_cache  # noqa: F401  its stages are tiny ones
 from tests.runner.tiny_stages import calls, stage
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[1]
 CHAPTERS = ["01_growth", "02_more"]
 
 
@@ -55,8 +56,8 @@ def no_check(todo) -> None:
 @pytest.fixture
 def kit(tmp_path, monkeypatch):
     """Two tiny chapters with tiny stages in place of the package's own, in a checkout of their own."""
-    chapters = types.SimpleNamespace(CHAPTERS=CHAPTERS, CHECKS=[no_check], stages_for=stages_for)
-    monkeypatch.setitem(sys.modules, "influence_kit.findings.reads", chapters)
+    chapters = types.SimpleNamespace(chapter_names=lambda: CHAPTERS, CHECKS=[no_check], stages_for=stages_for)
+    monkeypatch.setitem(sys.modules, "influence_kit.findings.discovery", chapters)
     profiles = types.SimpleNamespace(load_profile=load_profile)
     monkeypatch.setitem(sys.modules, "influence_kit.findings.profiles", profiles)
     folder = tmp_path / "checkout" / "notebooks"
@@ -155,7 +156,7 @@ sys.path.insert(0, {str(REPOSITORY)!r})
 from tests.runner import tiny_stages
 def stages_for(profile, chapter):
     return [tiny_stages.stage("number", value=1)]
-sys.modules["influence_kit.findings.reads"] = types.SimpleNamespace(CHAPTERS=["01"], CHECKS=[], stages_for=stages_for)
+sys.modules["influence_kit.findings.discovery"] = types.SimpleNamespace(chapter_names=lambda: ["01"], CHECKS=[], stages_for=stages_for)
 sys.modules["influence_kit.findings.profiles"] = types.SimpleNamespace(load_profile=lambda name, seeds, real_text: None)
 from influence_kit.cli import main
 if __name__ == "__main__":
@@ -196,8 +197,8 @@ def test_ctrl_c_ends_with_130_and_leaves_no_process(kit, tmp_path):
 import sys, types
 sys.path.insert(0, {str(REPOSITORY)!r})
 from tests.runner import tiny_stages
-only = {{"CHAPTERS": ["01"], "CHECKS": [], "stages_for": lambda profile, chapter: [tiny_stages.stage("slow")]}}
-sys.modules["influence_kit.findings.reads"] = types.SimpleNamespace(**only)
+only = {{"chapter_names": lambda: ["01"], "CHECKS": [], "stages_for": lambda profile, chapter: [tiny_stages.stage("slow")]}}
+sys.modules["influence_kit.findings.discovery"] = types.SimpleNamespace(**only)
 sys.modules["influence_kit.findings.profiles"] = types.SimpleNamespace(load_profile=lambda name, seeds, real_text: None)
 from influence_kit.cli import main
 if __name__ == "__main__":

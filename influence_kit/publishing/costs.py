@@ -66,6 +66,8 @@ def _scan(stage: Stage) -> Cost:
 
 def _extra(stage: Stage) -> Cost:
     """A finding's own stage: half of a scan (seen: a tenth of one to all of it), and what it trains again."""
+    if "model" not in stage.inputs:
+        return Cost(10, BASE, 10_000_000)
     model = stage.inputs["model"]
     scan = _scan(stage.inputs["influence"]) if "influence" in stage.inputs else Cost(10, 2 * BASE, 10_000_000)
     if not isinstance(stage.parameters.get("model"), dict):
@@ -91,4 +93,7 @@ def shape(world: Stage) -> tuple[int, int, int]:
     kinds = {"parallel": ParallelText, "dialogue": Dialogue}
     cls = kinds.get(world.function.__name__) or WORLDS[world.function.__module__.rpartition(".")[2]]
     made = cls(**tuples(world.parameters))
-    return made.documents, made.length, made.words
+    try:  # TRANSITION
+        return made.documents, made.length, made.words
+    except AttributeError:
+        return 10_000, 32, 1000

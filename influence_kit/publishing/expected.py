@@ -14,9 +14,15 @@ if TYPE_CHECKING:
 def summarise_table(table: pandas.DataFrame) -> dict:
     """What a figure's table must keep: `{"rows": n, "columns": {name: {"mean", "sd", "n"}}}` of its numeric columns.
 
-    sd is the population's; nan and infinite entries are left out and lower n.
+    sd is the population's; nan and infinite entries are left out and lower n. Columns of an estimate with its interval
+    (estimate, low, high) also keep its mean width: where that is wide, the table rests on few units, and a last bit can move
+    an end of it by a whole unit.
     """
     columns = {}
+    width = math.nan
+    if {"low", "high"} <= set(table.columns):
+        widths = (table["high"] - table["low"]).to_numpy(dtype=float)
+        width = float(widths[np.isfinite(widths)].mean()) if np.isfinite(widths).any() else math.nan
     for name in table.columns:
         column = table[name]
         if column.dtype.kind not in "biuf":
@@ -25,6 +31,8 @@ def summarise_table(table: pandas.DataFrame) -> dict:
         values = values[np.isfinite(values)]
         mean, sd = (float(values.mean()), float(values.std())) if values.size else (math.nan, math.nan)
         columns[str(name)] = {"mean": mean, "sd": sd, "n": int(values.size)}
+        if name in ("estimate", "low", "high") and math.isfinite(width):
+            columns[str(name)]["width"] = width
     return {"rows": len(table), "columns": columns}
 
 
@@ -38,7 +46,7 @@ def compare(
 ) -> tuple[str, list[str]]:
     """Whether a figure's table came out as committed, and which columns did not.
 
-    A column is reproduced when its mean and its sd lie within max(rtol |mean|, sd_share sd, 1e-9) of the expected
+    A column is reproduced when its mean and its sd lie within max(rtol |mean|, sd_share sd, sd_share width, 1e-9) of the expected
     ones: the sd too, because a scrambled column can keep its mean. Another number of rows counts as the column "rows".
 
     Args:
@@ -60,7 +68,7 @@ def compare(
         if now is None or then is None or bool(now["n"]) != bool(then["n"]):
             differing.append(name)
         elif then["n"]:
-            tolerance = max(rtol * abs(then["mean"]), sd_share * then["sd"], 1e-9)
+            tolerance = max(rtol * abs(then["mean"]), sd_share * then["sd"], sd_share * then.get("width", 0.0), 1e-9)
             if max(abs(now["mean"] - then["mean"]), abs(now["sd"] - then["sd"])) > tolerance:
                 differing.append(name)
     return ("differs" if differing else "reproduced"), differing

@@ -164,27 +164,28 @@ def keep_other_seeds(folder: Path, run: Path) -> tuple[int, int]:
     return len(both), sum(claim.status == "confirmed" for claim in both)
 
 
-def verdict_table(claims: Iterable["Claim"], figures: Iterable[dict]) -> str:
-    """The verdicts for a terminal: two lines a claim, one line for the figures."""
-    lines = []
-    for claim in sorted(claims, key=lambda claim: (claim.chapter, claim.id)):
+def closing_screen(claims: Iterable["Claim"], figures: Iterable[dict], folder: Path) -> str:
+    """What a run ends with in a terminal: each chapter's headline, how many claims came out how, and where the rest is."""
+    claims, figures = list(claims), list(figures)
+    width = max(shutil.get_terminal_size((120, 24)).columns, 60)
+    lines, opened = [], set()
+    for claim in claims:
+        if claim.kind != "claim" or claim.chapter in opened:
+            continue
+        opened.add(claim.chapter)
         low, high = claim.interval
-        kind = "" if claim.kind == "claim" else f"{claim.kind}: "
-        reason = f" ({claim.reason})" if claim.reason else ", fragile" if claim.fragile else ""
-        if claim.referee is not None:
-            reason += f"; {claim.referee.method}: {claim.referee.measured:.3g}, {claim.referee.agreement}"
-        lines.append(f"{claim.status:<9}  {claim.chapter}  {kind}{claim.claim}")
-        lines.append(
-            f"{'':<9}  paper: {claim.paper}; here {claim.measured:.3g} [{low:.3g}, {high:.3g}] {claim.unit}".rstrip()
-            + f", {len(claim.seeds)} seed{'s' * (len(claim.seeds) != 1)}{reason}"
-        )
-    figures = list(figures)
-    counts = Counter(figure["status"] for figure in figures)
-    told = [f"{counts[status]} {status}" for status in ("reproduced", "differs", "new") if counts[status]]
-    lines.append(f"figures: {', '.join(told) or 'none'}")
-    lines += [
-        f"  {figure['name']} differs in {', '.join(figure['differing'])}"
-        for figure in figures
-        if figure.get("differing")
-    ]
+        number = f"{claim.measured:.2g} [{low:.2g}, {high:.2g}]"
+        room = width - len(number) - 16
+        sentence = claim.claim if len(claim.claim) <= room else claim.claim[: room - 1] + "…"
+        lines.append(f"{claim.chapter[:2]}  {claim.status:<9}  {sentence}  {number}")
+    judged = Counter(claim.status for claim in claims if claim.kind == "claim")
+    checks = [claim for claim in claims if claim.kind != "claim"]
+    passed = sum(claim.status == "confirmed" for claim in checks)
+    told = ", ".join(f"{count} {status}" for status, count in judged.most_common())
+    lines.append(f"{sum(judged.values())} claims: {told or 'none'}; checks: {passed} of {len(checks)} hold")
+    states = Counter(figure["status"] for figure in figures)
+    told = ", ".join(f"{states[status]} {status}" for status in ("reproduced", "differs", "new") if states[status])
+    differing = ", ".join(figure["name"] for figure in figures if figure["status"] == "differs")
+    lines.append(f"figures: {told or 'none'}" + (f" ({differing})" if differing else ""))
+    lines.append(f"every verdict with its interval, rule and referee: {folder / 'verdicts.json'}")
     return "\n".join(lines)

@@ -104,7 +104,8 @@ def _digest_of(targets: Iterable[Target]) -> str:
         parents = module.split(".")[:-1]
         for depth in range(2, len(parents) + 1):  # importing a module runs its packages
             parent = ".".join(parents[:depth])
-            waiting.extend((parent, None) for _ in _read(parent).effects)
+            if _location(parent) and _read(parent).effects:
+                waiting.append((parent, None))
     return digest({m: [canonical(_read(m).body[i]) for i in sorted(found)] for m, found in reached.items() if found})
 
 

@@ -12,9 +12,9 @@ import pytest
 from influence_kit.errors import UserError
 from influence_kit.runner import plan as planning
 from influence_kit.runner.machine import free_memory
-from influence_kit.runner.scheduler import RunFailed, chain_seconds, clock, needed, run_stages
+from influence_kit.runner.scheduler import RunFailed, chain_seconds, clock, needed
 from influence_kit.runner.stages import Cost, damage, ensure
-from tests.runner.tiny_stages import STEPS, calls, stage
+from tests.runner.tiny_stages import STEPS, calls, cost_of, run_stages, stage
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -63,7 +63,8 @@ def test_the_longest_chain_starts_first():
     root = stage("number", value=3, cost=cost(1))
     leaf = stage("total", inputs={"root": root}, cost=cost(9))
     todo = needed([short, long, root, leaf])
-    assert chain_seconds(todo)[root.fingerprint] == 10
+    costs = {key: cost_of(one) for key, one in todo.items()}
+    assert chain_seconds(todo, costs)[root.fingerprint] == 10
     made = run_stages([short, long, root, leaf], jobs=1)
     assert [each.fingerprint for each in made] == [each.fingerprint for each in (root, leaf, long, short)]
 
@@ -170,7 +171,7 @@ def alive(pid: int) -> bool:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_no_worker_outlives_a_killed_run_and_the_next_one_goes_on(tmp_path, monkeypatch):
     code = (
-        "from tests.runner.tiny_stages import stage\nfrom influence_kit.runner.scheduler import run_stages\n"
+        "from tests.runner.tiny_stages import run_stages, stage\n"
         "if __name__ == '__main__':\n    run_stages([stage('slow')], jobs=2)\n"
     )
     script = tmp_path / "run.py"
@@ -239,7 +240,7 @@ def test_the_plan_lists_states_costs_and_totals():
     first = stage("total", "first", inputs={"done": done}, cost=Cost(100, 2 * 10**9, 3 * 10**8))
     second = stage("total", "second", inputs={"first": first}, cost=Cost(50, 10**9, 2 * 10**8))
     third = stage("number", "third", value=3, cost=Cost(10, 5 * 10**8, 0))
-    plan = planning.plan([done, second, third], jobs=2)
+    plan = planning.plan([done, second, third], cost_of, jobs=2)
     assert [each.label for each in plan.todo.values()] == ["first", "second", "third"]
     assert plan.seconds == 150 and plan.memory_bytes == 3 * 10**9 and plan.disk_bytes == 5 * 10**8
     lines = planning.describe(plan).splitlines()
@@ -253,17 +254,17 @@ def test_the_plan_lists_states_costs_and_totals():
 def test_preflight_refuses_what_cannot_end(own_cache):
     huge = Cost(disk_bytes=10**15)
     with pytest.raises(UserError, match=r"needs about 1200000\.0 GB in .* GB free: set INFLUENCE_KIT_CACHE"):
-        planning.preflight(planning.plan([stage("number", value=1, cost=huge)]))
+        planning.preflight(planning.plan([stage("number", value=1, cost=huge)], cost_of))
     with pytest.raises(UserError, match="choose a smaller profile"):
-        planning.preflight(planning.plan([stage("number", value=1, cost=Cost(memory_bytes=10**15))]))
+        planning.preflight(planning.plan([stage("number", value=1, cost=Cost(memory_bytes=10**15))], cost_of))
 
     def no_network(todo) -> None:
         raise UserError(f"{len(todo)} stage wants text")
 
     with pytest.raises(UserError, match="1 stage wants text"):
-        planning.preflight(planning.plan([stage("number", value=1)]), [no_network])
+        planning.preflight(planning.plan([stage("number", value=1)], cost_of), [no_network])
     ensure(stage("number", value=1))
-    planning.preflight(planning.plan([stage("number", value=1)]), [no_network])  # nothing to do: nothing is asked
+    planning.preflight(planning.plan([stage("number", value=1)], cost_of), [no_network])  # nothing to do: nothing is asked
     assert calls() == ["number 1", "end 1"]
 
 
@@ -271,4 +272,4 @@ def test_preflight_refuses_a_cache_that_cannot_be_written(tmp_path, monkeypatch)
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("INFLUENCE_KIT_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match="cannot write to the cache folder .*set INFLUENCE_KIT_CACHE"):
-        planning.preflight(planning.plan([stage("number", value=1)]))
+        planning.preflight(planning.plan([stage("number", value=1)], cost_of))

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from influence_kit.errors import UserError
-from influence_kit.runner import fingerprint
 from influence_kit.runner.stages import Stage, ensure, record, sha256
+from tests.runner import tiny_stages
 from tests.runner.tiny_stages import STEPS, calls, stage
 
 REPOSITORY = Path(__file__).parents[2]
@@ -192,18 +192,18 @@ def test_a_failing_stage_raises_its_own_error_and_leaves_no_result():
 
 
 def test_parameters_count_as_json_sees_them():
-    one = Stage("k", "tests.runner.tiny_stages:number", {"a": (1, 2), "b": 0.5})
-    two = Stage("k", "tests.runner.tiny_stages:number", {"b": 0.5, "a": [1, 2]}, label="another label")
-    other = Stage("k", "tests.runner.tiny_stages:number", {"b": 0.25, "a": [1, 2]})
+    one = Stage("k", tiny_stages.number, {"a": (1, 2), "b": 0.5})
+    two = Stage("k", tiny_stages.number, {"b": 0.5, "a": [1, 2]}, label="another label")
+    other = Stage("k", tiny_stages.number, {"b": 0.25, "a": [1, 2]})
     assert one.fingerprint == two.fingerprint != other.fingerprint
     with pytest.raises(ValueError):
-        _ = Stage("k", "tests.runner.tiny_stages:number", {"a": float("nan")}).fingerprint
+        _ = Stage("k", tiny_stages.number, {"a": float("nan")}).fingerprint
     with pytest.raises(TypeError):
-        _ = Stage("k", "tests.runner.tiny_stages:number", {"a": Path("somewhere")}).fingerprint
+        _ = Stage("k", tiny_stages.number, {"a": Path("somewhere")}).fingerprint
 
 
 def test_inputs_kind_threads_and_libraries_count():
-    base = dict(kind="total", function="tests.runner.tiny_stages:total", libraries=())
+    base = dict(kind="total", function=tiny_stages.total, libraries=())
     one, two = stage("number", value=1), stage("number", value=2)
     prints = {
         Stage(**base).fingerprint,
@@ -225,101 +225,3 @@ def test_no_path_host_or_process_enters_a_fingerprint(tmp_path):
     process = in_a_process(code, PYTHONPATH=str(copy), HOME=str(tmp_path), PYTHONHASHSEED="7")
     output, error = process.communicate()
     assert output.strip() == stage("slow", value=3).fingerprint, error
-
-
-STAGES = '''
-"""Two stages beside each other."""
-from typing import TYPE_CHECKING
-
-import influence_kit.models
-from influence_kit.engine.scans import score as rank
-from influence_kit.runner.stages import ensure
-
-if TYPE_CHECKING:
-    from influence_kit import reading
-
-WIDTH = 3
-
-
-def widen(x):
-    return x * WIDTH
-
-
-def train(parameters, inputs, out, progress):
-    """Train."""
-    return influence_kit.models.fit(widen(1))
-
-
-def score(parameters, inputs, out, progress):
-    from .. import lazily
-    return rank(1)
-'''
-
-
-def forget():
-    for function in (fingerprint.source_digest, fingerprint._read, fingerprint._location):
-        function.cache_clear()
-
-
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """A small package of the same name; returns a function that edits a file and gives both stages' source digests."""
-    root = tmp_path / "package" / "influence_kit"
-    (root / "runner").mkdir(parents=True)
-    (root / "findings").mkdir()
-    files = {
-        "__init__.py": "", "models.py": "from influence_kit.deeper import x\ndef fit(x):\n    return x\n",
-        "deeper.py": "x = 1\n", "scoring.py": "def score(x):\n    return x\n", "lazily.py": "y = 1\n",
-        "reading.py": "z = 1\n", "runner/__init__.py": "", "runner/stages.py": "def ensure(): ...\n", "findings/__init__.py": "",
-        "findings/stages.py": STAGES,
-    }  # fmt: skip
-    for name, text in files.items():
-        (root / name).write_text(text)
-    monkeypatch.setattr(fingerprint, "PACKAGE_FOLDER", root)
-
-    def digests(name: str = "deeper.py", old: str = "", new: str = "") -> tuple[str, str]:
-        path = root / name
-        text = path.read_text()
-        assert old in text
-        path.write_text(text.replace(old, new) if old else text + new)
-        forget()
-        source = fingerprint.source_digest
-        return source("influence_kit.findings.stages:train"), source("influence_kit.findings.stages:score")
-
-    yield digests
-    forget()
-
-
-@pytest.mark.parametrize(
-    ("name", "old", "new", "changes"),
-    [
-        ("models.py", "", "\n\n# a comment\n", (False, False)),
-        ("findings/stages.py", '"""Train."""', '"""Train well."""', (False, False)),
-        ("findings/stages.py", "WIDTH = 3", "WIDTH = 3  # as in the paper", (False, False)),
-        ("reading.py", "z = 1", "z = 2", (False, False)),  # for type checkers alone
-        ("runner/stages.py", "...", "return 1", (False, False)),  # machinery
-        ("models.py", "return x", "return x + 1", (True, False)),
-        ("deeper.py", "x = 1", "x = 2", (True, False)),
-        ("findings/stages.py", "WIDTH = 3", "WIDTH = 4", (True, False)),
-        ("scoring.py", "return x", "return -x", (False, True)),
-        ("lazily.py", "y = 1", "y = 2", (False, True)),
-        ("findings/stages.py", "return rank(1)", "return rank(2)", (False, True)),
-        ("findings/stages.py", "widen(1)", "globals()['widen'](1)", (True, False)),
-    ],
-)
-def test_a_stage_depends_on_the_code_it_reaches_and_on_no_other(package, name, old, new, changes):
-    before = package()
-    after = package(name, old, new)
-    assert tuple(a != b for a, b in zip(before, after)) == changes
-
-
-def test_a_name_taken_from_the_top_package_counts_as_all_of_it(package):
-    package("findings/stages.py", "return rank(1)", "from influence_kit import anything\n    return anything()")
-    before = package()
-    after = package("reading.py", "z = 1", "z = 2")
-    assert before[0] == after[0] and before[1] != after[1]
-
-
-def test_an_unknown_function_is_refused_when_it_is_named():
-    with pytest.raises(AttributeError, match="no function 'nothing'"):
-        _ = Stage("k", "tests.runner.tiny_stages:nothing").fingerprint

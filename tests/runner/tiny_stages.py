@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from influence_kit.errors import UserError
+from influence_kit.runner.scheduler import make_all, needed
 from influence_kit.runner.stages import Cost, Stage
 
 STEPS = 40
@@ -78,12 +79,26 @@ def surroundings(parameters, inputs, out, progress):
     (out / "value.json").write_text(json.dumps({name: os.environ.get(name) for name in names}))
 
 
+COSTS: dict[str, Cost] = {}
+
+
+def cost_of(stage: Stage) -> Cost:
+    return COSTS.get(stage.fingerprint, Cost())
+
+
+def run_stages(stages, jobs=None, force_kinds=(), verify=False, stream=None) -> list[Stage]:
+    """Make the stages that are not there yet."""
+    todo = needed(stages, force_kinds, verify)
+    return make_all(todo, {key: cost_of(stage) for key, stage in todo.items()}, jobs, force_kinds, stream)
+
+
 def stage(name: str, label: str = "", inputs: dict | None = None, cost: Cost | None = None, **parameters) -> Stage:
     """A stage of this module; no library counts, so that nothing heavy is loaded."""
-    return Stage(
-        kind=name, function=f"tests.runner.tiny_stages:{name}", parameters=parameters, inputs=inputs or {},
-        cost=cost or Cost(), label=label, libraries=(),
+    made = Stage(
+        kind=name, function=globals()[name], parameters=parameters, inputs=inputs or {}, label=label, libraries=(),
     )  # fmt: skip
+    COSTS[made.fingerprint] = cost or Cost()
+    return made
 
 
 def calls() -> list[str]:
