@@ -20,7 +20,7 @@ CAMPAIGNS = ("did", "dm", "dw", "ei", "httt", "nr", "sof", "sotbe", "tsg", "utbs
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Parameters. Counts are numbers of lines, unless they say otherwise; `length` is in tokens, `vocabulary` in BPE entries."""
+    """Parameters. Counts are numbers of lines unless they say otherwise; `length` is in tokens, `vocabulary` in BPE entries."""
 
     asks: ClassVar[tuple[str, ...]] = ()
 
@@ -52,12 +52,18 @@ class Dialogue:
 
 
 def build(parameters: Dialogue, text: pa.Table) -> World:
-    """Make the world from a table of lines (see `wesnoth.campaign_lines`).
+    """Make the world from lines: which are trained on, and which are asked.
 
     Queries are drawn from speakers (the narrator is none) with `least` more lines than are asked of them, in turn, so that
     few speakers do not hold them all. Columns of sequences and held_out: campaign, scenario, speaker, side, text; of queries
     these and prompt, completion. Lines, queries and their order do not depend on `named`.
-    Raises UserError when there are fewer lines than needed.
+
+    Args:
+        parameters: How many of each.
+        text: The lines (see `wesnoth.campaign_lines`).
+
+    Raises:
+        UserError: fewer lines than needed, or too few speakers who say enough.
     """
     from influence_kit.corpora.tokens import train_bpe
 

@@ -54,10 +54,16 @@ class ParallelText:
 
 
 def build(parameters: ParallelText, text: pa.Table) -> World:
-    """Make the world from a table with columns pair_id, language, text (see `sources.read_text`).
+    """Make the world from paragraphs: which are trained on, which asked, and in which language.
 
     Columns of sequences: pair_id, language, text, scan (bool: is it scored). Queries: pair_id, language, completion.
-    Raises UserError when a language is missing or fewer paragraphs than needed exist in all languages.
+
+    Args:
+        parameters: How many of each.
+        text: Columns pair_id, language, text (see `sources.read_text`).
+
+    Raises:
+        UserError: a language is missing, or fewer paragraphs than needed exist in all languages.
     """
     from influence_kit.corpora.tokens import encode, train_bpe
 
@@ -108,7 +114,15 @@ def build(parameters: ParallelText, text: pa.Table) -> World:
 
 
 def aligned(world: World, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """For each language, the position in `rows` of every query's translation, int [Q]; -1 where it has none (its own)."""
+    """Where the translations of each query stand.
+
+    Args:
+        world: A world of parallel text.
+        rows: Positions of sequences [N].
+
+    Returns:
+        By language, places in `rows`, int [Q]; -1 where a query has none (in its own language).
+    """
     pairs = world.sequences["pair_id"].to_numpy(zero_copy_only=False)[rows]
     languages = world.sequences["language"].to_numpy(zero_copy_only=False)[rows]
     place = {key: position for position, key in enumerate(zip(pairs, languages, strict=True))}

@@ -20,7 +20,10 @@ def without_translations(world: World, seed: int) -> World:
 
     Each such statement is replaced, with its filler word, by one of a fact that the second language alone states. Queries get
     `treated` (the fact is among that half): asked in the first language it lost its translations, asked in the second its
-    own statements. Raises UserError for another world, or one without facts in both languages and in the second alone.
+    own statements.
+
+    Raises:
+        UserError: another world, or one without facts in both languages and in the second alone.
     """
     if world.name != "atlas":
         raise UserError(f"{world.name!r} states no facts in two languages: translations can be taken from Atlas alone")
@@ -32,8 +35,8 @@ def without_translations(world: World, seed: int) -> World:
     alone = alone[alone >= 0]
     if len(both) < 2 or not len(alone):
         raise UserError(
-            f"{len(both)} facts are stated in both languages and {len(alone)} in the second alone: give Atlas a both_share between 0 "
-            "and 1, and more facts"
+            f"{len(both)} facts are stated in both languages and {len(alone)} in the second alone: give Atlas a both_share "
+            "between 0 and 1, and more facts"
         )
     rng = np.random.default_rng([seed, 0x7A45])
     treated = rng.permutation(both)[: len(both) // 2]
@@ -48,15 +51,17 @@ def without_translations(world: World, seed: int) -> World:
     columns["facts"] = pa.FixedSizeListArray.from_arrays(pa.array(facts.ravel()), facts.shape[1])
     sequences = world.sequences
     for name, column in columns.items():
-        sequences = sequences.set_column(sequences.column_names.index(name), sequences.schema.field(name).name, column)
+        sequences = sequences.set_column(sequences.column_names.index(name), name, column)
     return _treated(world, sequences, np.isin(world.queries["fact"].to_numpy(), treated), "translations")
 
 
 def without_copies(world: World, seed: int) -> World:
-    """Atlas without the copies of half of its canaries, of each number of repetitions: noise that is no canary stands there instead.
+    """Atlas without the copies of half of its canaries, of each number of repetitions: other noise stands there instead.
 
-    Queries get `treated`: it asks for a canary whose copies are gone. Raises UserError for another world, or one with fewer than
-    two canaries of some number of repetitions.
+    Queries get `treated`: it asks for a canary whose copies are gone.
+
+    Raises:
+        UserError: another world, or one with fewer than two canaries of some number of repetitions.
     """
     if world.name != "atlas":
         raise UserError(f"{world.name!r} has no canaries: their copies can be taken from Atlas alone")
@@ -65,7 +70,10 @@ def without_copies(world: World, seed: int) -> World:
     for count in np.unique(times[asked >= 0]):
         alike = np.unique(asked[times == count])
         if len(alike) < 2:
-            raise UserError(f"{len(alike)} canary is planted {count} times, so none is left to compare with: give Atlas 2 canaries or more")
+            raise UserError(
+                f"{len(alike)} canary is planted {count} times, so none is left to compare with: give Atlas 2 canaries or "
+                "more"
+            )
         treated = np.append(treated, rng.permutation(alike)[: len(alike) // 2])
     canary, kind = (world.sequences[name].to_numpy(zero_copy_only=False) for name in ("canary", "kind"))
     sequences = _in_place(world.sequences, np.isin(canary, treated), kind == "noise", rng)
@@ -75,53 +83,67 @@ def without_copies(world: World, seed: int) -> World:
 def without_procedure(world: World, seed: int) -> World:
     """Procedures without most texts of half of its procedures: those under half of the names stay.
 
-    Of each kind of text, half of the procedures and half of the names are drawn. Queries that ask for a drawn procedure under two drawn names are
-    `treated`. Texts of drawn procedures are gone unless both of their names are drawn too; in their place stand texts that have
-    neither a drawn procedure nor a drawn name.
+    Of each kind of text, half of the procedures and half of the names are drawn. Queries that ask for a drawn procedure under
+    two drawn names are `treated`. Texts of drawn procedures are gone unless both of their names are drawn too; in their place
+    stand texts that have neither a drawn procedure nor a drawn name.
+
+    Raises:
+        UserError: another world, or one with fewer than four procedures or names of a kind.
     """
     return _without_texts(world, seed, same_procedure=True)
 
 
 def without_names(world: World, seed: int) -> World:
-    """The counterpart of `without_procedure`, with the same queries `treated` and the same kind of texts standing in for as many that are gone:
-    here those with a drawn name, unless their procedure is drawn too."""
+    """The counterpart of `without_procedure`, with the same queries `treated` and the same kind of texts in place of as many.
+
+    Gone are texts with a drawn name, unless their procedure is drawn too. Raises as `without_procedure`.
+    """
     return _without_texts(world, seed, same_procedure=False)
 
 
 def _without_texts(world: World, seed: int, same_procedure: bool) -> World:
-    """Either of the two, with what both need. Where one has more texts to lose than the other, as many are drawn. Raises UserError for
-    another world, or one with fewer than four procedures or names of a kind."""
+    """Either of the two, with what both need. Where one has more texts to lose than the other, as many are drawn."""
     if world.name != "procedures":
-        raise UserError(f"{world.name!r} has no procedures: give `without: procedure` and `without: names` to the world Procedures")
+        raise UserError(
+            f"{world.name!r} has no procedures: give `without: procedure` and `without: names` to the world Procedures"
+        )
     rng = np.random.default_rng([seed, 0x7A47])
-    tables = {"sequences": world.sequences, "queries": world.queries}
-    columns = {
-        of: {name: table[name].to_numpy(zero_copy_only=False) for name in ("kind", "procedure", "name", "other")}
-        for of, table in tables.items()
-    }
-    drawn = {of: np.zeros((3, table.num_rows), bool) for of, table in tables.items()}  # a drawn procedure, two drawn names, none
-    for kind in np.unique(columns["sequences"]["kind"]):
-        here = columns["sequences"]["kind"] == kind
-        known = [np.unique(columns["sequences"]["procedure"][here])]
-        # In programs one variable can be either; a word problem's person and thing have words of their own.
-        known.append(np.unique(np.concatenate([columns["sequences"][name][here] for name in ("name", "other")])))
+    told, asked = (
+        {name: table[name].to_numpy(zero_copy_only=False) for name in ("kind", "procedure", "name", "other")}
+        for table in (world.sequences, world.queries)
+    )
+    # Of sequences and of queries: has a drawn procedure, has two drawn names, has none.
+    marks, lost = np.zeros((3, len(told["kind"])), bool), np.zeros((3, len(asked["kind"])), bool)
+    for kind in np.unique(told["kind"]):
+        here = told["kind"] == kind
+        # In programs one variable can be either name; a word problem's person and thing have words of their own.
+        known = np.unique(told["procedure"][here]), np.unique([told["name"][here], told["other"][here]])
         if min(map(len, known)) < 4:
-            raise UserError(f"{kind}: {len(known[0])} procedures and {len(known[1])} names cannot be halved: give the world more")
+            raise UserError(
+                f"{kind}: {len(known[0])} procedures and {len(known[1])} names cannot be halved: give the world more"
+            )
         procedures, names = (rng.permutation(values)[: len(values) // 2] for values in known)
-        for of, found in columns.items():
-            inside = [np.isin(found[name], names) for name in ("name", "other")]
-            rows = found["kind"] == kind
-            drawn[of] |= rows & np.stack([np.isin(found["procedure"], procedures), inside[0] & inside[1], ~inside[0] & ~inside[1]])
-    procedure, both, neither = drawn["sequences"]
+        for found, drawn in ((told, marks), (asked, lost)):
+            procedure, name, other = (
+                np.isin(found[column], values)
+                for column, values in (("procedure", procedures), ("name", names), ("other", names))
+            )
+            drawn |= (found["kind"] == kind) & np.stack([procedure, name & other, ~name & ~other])
+    procedure, both, neither = marks
     sequences = world.sequences
-    for kind in np.unique(columns["sequences"]["kind"]):
-        here = columns["sequences"]["kind"] == kind
-        either = [rng.permutation(np.flatnonzero(here & member)) for member in (~procedure & ~neither, procedure & ~both)]
-        gone = either[int(same_procedure)][: min(map(len, either))]
-        sequences = _in_place(sequences, np.isin(np.arange(len(here)), gone), here & ~procedure & neither, rng)
-    treated = drawn["queries"][0] & drawn["queries"][1]
-    if missing := set(columns["queries"]["kind"]) - set(columns["queries"]["kind"][treated]):
-        raise UserError(f"no query of {', '.join(sorted(missing))} asks for what is drawn: give the world more than {len(treated)} queries")
+    for kind in np.unique(told["kind"]):
+        here = told["kind"] == kind
+        removable = (~procedure & ~neither, procedure & ~both)
+        either = [rng.permutation(np.flatnonzero(here & member)) for member in removable]
+        gone = np.zeros(len(here), bool)
+        gone[either[int(same_procedure)][: min(map(len, either))]] = True
+        sequences = _in_place(sequences, gone, here & ~procedure & neither, rng)
+    treated = lost[0] & lost[1]
+    if missing := set(asked["kind"]) - set(asked["kind"][treated]):
+        raise UserError(
+            f"no query of {', '.join(sorted(missing))} asks for what is drawn: give the world more than {len(treated)} "
+            "queries"
+        )
     return _treated(world, sequences, treated, "procedure" if same_procedure else "names")
 
 
@@ -129,7 +151,9 @@ def _in_place(sequences: pa.Table, gone: np.ndarray, givers: np.ndarray, rng: np
     """The table with the rows where `gone` replaced by rows drawn from those where `givers`."""
     rows = np.arange(sequences.num_rows)
     if not givers.any():
-        raise UserError("nothing unrelated is left in the world to stand in for what is removed: give it more documents")
+        raise UserError(
+            "nothing unrelated is left in the world to stand in for what is removed: give it more documents"
+        )
     rows[gone] = rng.choice(np.flatnonzero(givers), int(gone.sum()))
     return sequences.take(pa.array(rows)).combine_chunks()
 
