@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from influence_kit.errors import UserError
-from influence_kit.runner.stages import Stage, record, sha256
+from influence_kit.files import sha256, whole
+from influence_kit.runner.stages import Stage, record
 
 if TYPE_CHECKING:
     from influence_kit.measures.claims import Claim
@@ -55,9 +55,8 @@ def _bring(chapter: Stage, folder: Path, known: dict) -> None:
         if target.is_file() and target.stat().st_size == listed["size"] and sha256(target) == listed["sha256"]:
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.part")
-        shutil.copyfile(chapter.folder / name, part)
-        os.replace(part, target)
+        with whole(target) as part:
+            shutil.copyfile(chapter.folder / name, part)
     for key in [key for key, entry in known.items() if entry["kind"] == "chapter" and entry["label"] == chapter.label]:
         for name in set(known.pop(key)["files"]) - set(content["files"]):
             (folder / name).unlink(missing_ok=True)

@@ -11,7 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from influence_kit.runner.machine import cache_root, cores, free_disk, repository, total_memory
+from influence_kit.files import free_disk
+from influence_kit.runner.machine import cache_root, cores, repository, total_memory
 
 EXTRAS = ("notebooks", "test")
 # The laptop profile on two processes.

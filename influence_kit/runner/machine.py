@@ -5,13 +5,14 @@ import importlib
 import os
 import platform
 import resource
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+
+from influence_kit.files import free_disk
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -71,12 +72,6 @@ def free_memory() -> int:
         free = total_memory()
     used = _limits("memory.current") or _limits("memory.usage_in_bytes")
     return min(free, total_memory() - int(used[0])) if used and total_memory() > int(used[0]) else free
-
-
-def free_disk(folder: Path) -> int:
-    """Free bytes on the disk that holds this folder, or will hold it once made."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    return shutil.disk_usage(existing).free
 
 
 def storage_problem(error: BaseException | None, name: str) -> str:

@@ -4,7 +4,8 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from influence_kit.errors import UserError
-from influence_kit.runner.machine import cache_root, cores, free_disk, total_memory
+from influence_kit.files import free_disk
+from influence_kit.runner.machine import cache_root, cores, total_memory
 from influence_kit.runner.scheduler import chain_seconds, clock, needed
 from influence_kit.runner.stages import Cost, Stage
 

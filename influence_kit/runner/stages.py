@@ -6,7 +6,6 @@ keeps for that purpose alone goes into `<out>/resume/`, which is dropped at the 
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from influence_kit.errors import UserError
+from influence_kit.files import sha256
 from influence_kit.runner.fingerprint import digest, name_of, source_digest, versions
 from influence_kit.runner.machine import cache_root, circumstances, reset_peak_memory, say, storage_problem, threads
 
@@ -92,12 +92,6 @@ class Stage:
     def beside(self, suffix: str) -> Path:
         """The file or folder next to its own with this suffix (".part", ".lock", ".log")."""
         return self.folder.with_name(self.folder.name + suffix)
-
-
-def sha256(path: Path) -> str:
-    """sha256 (hex) of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _stamp(path: Path) -> list[int]:
