@@ -1,4 +1,5 @@
-"""The recital stage, tiny and real: halves of paragraphs trained on and never seen, scored as the library scores them."""
+"""Memorisation: where a canary's own text lands in a ranking, and the recital stage, tiny and real: halves of paragraphs trained
+on and never seen, scored as the library scores them."""
 
 from dataclasses import asdict
 
@@ -6,19 +7,81 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from influence_kit import models, score
-from influence_kit.corpora.texts.parallel import ParallelText, build
+from influence_kit.corpora.texts.parallel import ParallelText
+from influence_kit.corpora.texts.parallel import build as build_text
 from influence_kit.corpora.world import World, batch_of, token_matrix
+from influence_kit.corpora.worlds.atlas import Atlas, build
 from influence_kit.engine.factors import Factors
 from influence_kit.errors import UserError
-from influence_kit.findings.stages.influence import influence
-from influence_kit.findings.stages.recital import SHORTEST, recital, second_halves
-from influence_kit.findings.stages.train import train
-from influence_kit.measures.memorisation import recitals
+from influence_kit.findings.common import influence, train
+from influence_kit.findings.memorisation import (
+    SHORTEST,
+    largest_share,
+    others,
+    recital,
+    recitals,
+    second_halves,
+    sources,
+)
 
 PARAMETERS = {"fraction": 1.0, "seed": 7, "device": "cpu", "damping": 0.1, "queries": 4, "sequences": 15}
+
+
+@pytest.fixture(scope="module")
+def world():
+    parameters = {"entities": 12, "relations": 2, "values": 6, "documents": 600, "most_supporters": 200}
+    return build(Atlas(**parameters, canaries=2, repetitions=(1, 4), noise_share=0.2, held_out=20, queries=4))
+
+
+@pytest.fixture(scope="module")
+def scan(world):
+    queries = np.flatnonzero(np.array(world.queries["kind"].to_pylist()) == "canary")
+    copies = world.sequences["canary"].to_numpy()[None] == world.queries["canary"].to_numpy()[queries][:, None]
+    return np.arange(world.sequences.num_rows), queries, copies
+
+
+def test_scores_that_know_the_copies_find_them_and_others_do_not(world, scan):
+    rows, queries, copies = scan
+    found = sources(world, copies + 0.001, rows, queries)
+    assert found["repetitions"].tolist() == [1, 1, 4, 4] == copies.sum(1).tolist()
+    assert found["hit"].tolist() == [1] * 4
+    held = copies.sum(1) * 1.001 / (copies.sum(1) * 1.001 + 0.001 * (~copies).sum(1))
+    np.testing.assert_allclose(found["share"], held)
+    np.testing.assert_allclose(found["one_copy"], held / copies.sum(1))
+    against = sources(world, 1.0 - copies, rows, queries)
+    assert against["hit"].tolist() == against["share"].tolist() == [0] * 4
+
+
+def test_plain_word_overlap_finds_every_copy_whatever_the_scores(world, scan):
+    rows, queries, copies = scan
+    assert (
+        sources(world, np.random.default_rng(0).normal(size=copies.shape), rows, queries)["lexical_hit"].tolist()
+        == [1] * 4
+    )
+
+
+def test_a_scan_without_some_copies_is_refused(world, scan):
+    rows, queries, copies = scan
+    kept = ~copies[3]
+    with pytest.raises(ValueError, match="copies in the scan"):
+        sources(world, copies[:, kept].astype(float), rows[kept], queries)
+
+
+def test_share_of_the_strongest_counts_positive_influence_alone():
+    np.testing.assert_allclose(largest_share(np.array([[3.0, 1.0, -9.0], [1.0, 1.0, 2.0]])), [0.75, 0.5])
+
+
+def test_the_control_reads_copies_of_another_canary_planted_as_often(world, scan):
+    rows, queries, copies = scan
+    assert others(world, copies + 0.001, rows, queries).tolist() == [0] * 4
+    swapped = copies[[1, 0, 3, 2]]  # two canaries for each number of repetitions
+    assert others(world, swapped + 0.001, rows, queries).tolist() == [1] * 4
+    with pytest.raises(UserError, match="planted 1 times"):
+        others(world, copies[:1].astype(float), rows, queries[:1])
 
 
 def quiet(*_):
@@ -41,7 +104,7 @@ def made(tmp_path_factory):
         for language, own in words.items()
     ]
     text = ParallelText(tuple(words), pairs=50, held_out=12, queries=5, scan=20, length=48, vocabulary=300)
-    build(text, pa.Table.from_pylist(rows)).save(folders["world"])
+    build_text(text, pa.Table.from_pylist(rows)).save(folders["world"])
     recipe = asdict(models.Recipe(batch_size=8, warmup_steps=2, evaluations=2, learning_rate=1e-2))
     train(
         {"architecture": "gpt_neox", "width": 16, "depth": 1, "device": "cpu", "recipe": recipe},
@@ -104,8 +167,6 @@ def test_scores_are_those_of_a_direct_call_and_hold_the_paragraph_itself(made, r
 
 
 def second_half(world, row):
-    import torch
-
     table = world.sequences if row["trained"] else world.held_out
     return torch.from_numpy(second_halves(table, np.array([row["position"]]))["loss_mask"])
 
@@ -120,9 +181,8 @@ def test_the_measure_finds_the_paragraph_itself(made, read):
         same[q] |= (texts == token_matrix(world.sequences)[position["position"].iloc[q]]).all(1)
     known = recitals(world, same + 0.001, rows, read)
     assert known["trained"].tolist() == [True] * 4 + [False] * 4
-    assert known["hit"][:4].tolist() == [1] * 4 and (known["rank"][:4] <= same.sum(1).max()).all()
+    assert known["hit"][:4].tolist() == [1] * 4
     assert known["share"][:4].min() > 0.9 and known["strongest"].between(0, 1).all()
-    assert known["rank"][4:].isna().all() or (token_matrix(world.held_out)[:, None] == texts[None]).all(2).any()
     against = recitals(world, 1.0 - same, rows, read)
     assert against["hit"][:4].tolist() == against["share"][:4].tolist() == [0] * 4
     np.testing.assert_allclose(known["loss"], -position["log_p"] / position["targets"])
