@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from .blas import matmul
 from .factors import Factors, Rotated, Rotator, rotate_columns, rotate_rows
-from .gradients import Recorder, TokenGradients, device_of, dtype_of, frozen, sequence_gradients
+from .gradients import Recorder, TokenGradients, device_of, dtype_of, frozen
+from .passes import sequence_gradients
 from .sequences import batch_rows, count, read_batch
 from .shelf import Buffers, Shelf, aligned_width, free_disk, release_freed
 

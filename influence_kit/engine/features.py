@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from .codes import mix
 from .factors import Factors, Rotator, inverse
-from .gradients import Recorder, device_of, dtype_of, frozen, sequence_gradients
+from .gradients import Recorder, device_of, dtype_of, frozen
+from .passes import sequence_gradients
 from .processes import all_reduce, shard
 from .sequences import batch_rows, count, gather, read_batch
 

@@ -23,6 +23,7 @@ from .factors import Basis, Factors, LayerFactors, Rotator
 from .gradients import Recorder, device_of, dtype_of, frozen
 from .labels import PseudoGradients
 from .layers import shape_of, tracked_layers
+from .passes import rows_within
 from .processes import all_reduce, barrier, broadcast, rank_and_size, shard
 from .resume import State, by_rank, digest, witnesses
 from .sequences import Progress, batch_rows, count
@@ -87,7 +88,8 @@ def fit_ekfac(
         # A GPU computes gradients again sooner than it could have them back from a file.
         disk = free_disk() if device_of(model).type == "cpu" else 0
         source = PseudoGradients(model, recorder, sequences, labels, seed, Shelf(memory, disk))
-        batches = shard(batch_rows(total, batch_size))
+        within = rows_within(model, chosen, source.labels.shape[1], batch_size)
+        batches = shard(batch_rows(total, within))
         passes = 1 if method in ("kfac", "diagonal") else 2
         spectra: dict[str, tuple[Tensor, Tensor]] = {}
         if method != "diagonal":

@@ -8,14 +8,12 @@ starts at the first tracked layer, which makes a pass cheaper than a training st
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-from .sequences import Batch
 
 
 class TokenGradients(NamedTuple):
@@ -40,6 +38,8 @@ class Recorder:
 
     def __init__(self, layers: Mapping[str, nn.Module]):
         self.layers = layers
+        self.costs: object = None  # what `passes` found out about the model
+        self.plain: bool | None = None
         self._inputs: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
         self._handles: list = []
@@ -53,9 +53,10 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Let go of a forward pass that is not to be differentiated."""
         self._inputs.clear()
         self._outputs.clear()
 
@@ -92,39 +93,20 @@ class Recorder:
                     "token (experts that see some of the tokens do so): leave it out with a narrower `layers` pattern"
                 )
         grads = torch.autograd.grad(loss, [self._outputs[name] for name in self.layers])
-        inputs = {id(a): _widened(a.detach()).view(*shape, a.shape[-1]) for a in self._inputs.values()}
+        inputs = {id(a): widened(a.detach()).view(*shape, a.shape[-1]) for a in self._inputs.values()}
         found = {
             name: TokenGradients(
-                inputs[id(self._inputs[name])], _widened(g).view(*shape, g.shape[-1]), module.bias is not None
+                inputs[id(self._inputs[name])], widened(g).view(*shape, g.shape[-1]), module.bias is not None
             )
             for (name, module), g in zip(self.layers.items(), grads, strict=True)
         }
-        self._forget()
+        self.forget()
         return found
 
 
-def _widened(tensor: Tensor) -> Tensor:
+def widened(tensor: Tensor) -> Tensor:
+    """Half precision in float32, everything else as it is."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
-
-
-def sequence_gradients(
-    model: nn.Module, recorder: Recorder, batch: Batch, labels: Tensor | Callable[[Tensor], Tensor] | None = None
-) -> tuple[dict[str, TokenGradients], Tensor]:
-    """One forward and backward pass: every tracked layer's token gradients, and the labels int64 [B, T].
-
-    labels: what is to be predicted, [B, T] (default: the tokens), or a function from the logits [B, L, V] of the
-    counted positions to the targets int64 [B, L] (labels drawn from the model).
-    """
-    end = batch.length
-    logits = forward(model, batch.tokens[:, :end])
-    if callable(labels):
-        drawn = labels(logits.detach())
-        labels = batch.tokens.clone()
-        labels[:, 1 : end + 1] = drawn.to(labels.device)
-    elif labels is None:
-        labels = batch.tokens
-    losses = sequence_losses(logits, labels[:, 1 : end + 1], batch.loss_mask[:, 1 : end + 1])
-    return recorder.gradients(losses.sum(), (len(batch.tokens), end)), labels
 
 
 @contextmanager
@@ -159,7 +141,7 @@ def forward(model: nn.Module, tokens: Tensor) -> Tensor:
     Also accepts a module that returns the logits themselves.
     """
     output = model(input_ids=tokens, use_cache=False) if hasattr(model, "config") else model(tokens)
-    return _widened(output.logits if hasattr(output, "logits") else output)
+    return widened(output.logits if hasattr(output, "logits") else output)
 
 
 def device_of(module: nn.Module) -> torch.device:

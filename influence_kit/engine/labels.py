@@ -6,12 +6,13 @@ labels give the *empirical* Fisher, which is another matrix (the paper's Sec. 2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from .gradients import Recorder, TokenGradients, device_of, sequence_gradients
+from .gradients import Recorder, TokenGradients, device_of
+from .passes import Labels, sequence_gradients
 from .sequences import Batch, count, read_batch
 from .shelf import Buffers, Shelf
 
@@ -36,6 +37,12 @@ def sample_labels(logits: Tensor, draws: Tensor) -> Tensor:
         cumulative = some.double().softmax(-1).cumsum_(-1)
         found.append(torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True))
     return torch.cat(found).view(draws.shape).clamp_(max=vocabulary - 1)
+
+
+def drawn_at(draws: Tensor) -> Labels:
+    """What a pass is to predict: labels drawn from its logits at `draws` [B, L]."""
+    flat = draws.flatten()
+    return lambda logits, places: sample_labels(logits, flat.to(places.device)[places])
 
 
 class PseudoGradients:
@@ -100,7 +107,7 @@ class PseudoGradients:
             for name, lead in self.leaders.items()
         }
 
-    def _labels(self, rows: slice, length: int) -> Tensor | Callable[[Tensor], Tensor] | None:
+    def _labels(self, rows: slice, length: int) -> Labels:
         """What the batch is to predict; a second reading draws nothing anew."""
         if isinstance(self.kind, Tensor):
             return self.kind[rows].to(self.device)
@@ -108,5 +115,4 @@ class PseudoGradients:
             return None
         if self.counted[rows].any():
             return self.labels[rows].to(self.device)
-        draws = uniforms(self.seed, rows, self.labels.shape[1])[:, 1 : length + 1]
-        return lambda logits: sample_labels(logits, draws)
+        return drawn_at(uniforms(self.seed, rows, self.labels.shape[1])[:, 1 : length + 1].to(self.device))

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from .directions import Directions, rotated_sides
 from .factors import Factors, Rotator, inverse
-from .gradients import Recorder, device_of, frozen, sequence_gradients
+from .gradients import Recorder, device_of, frozen
+from .passes import sequence_gradients
 from .processes import all_gather, all_reduce, barrier, rank_and_size, shard
 from .resume import State, digest, witnesses
 from .scores import FORMS, Scores, Source, TopScores, ends

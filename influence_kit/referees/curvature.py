@@ -14,7 +14,6 @@ Cost of G v, one sequence and one row of v, where forward and backward pass toge
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +21,10 @@ from torch.func import functional_call, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from influence_kit.engine.factors import Factors, rotate_columns, rotate_rows
-from influence_kit.engine.gradients import Recorder, TokenGradients, device_of, forward, frozen, sequence_gradients
-from influence_kit.engine.labels import sample_labels, uniforms
+from influence_kit.engine.gradients import Recorder, TokenGradients, device_of, forward, frozen
+from influence_kit.engine.labels import drawn_at, uniforms
 from influence_kit.engine.layers import shape_of
+from influence_kit.engine.passes import sequence_gradients
 from influence_kit.engine.sequences import Batch, batch_rows, count, read_batch
 from influence_kit.errors import UserError
 
@@ -196,7 +196,7 @@ def sampled_gradients(curvature: GaussNewton, draws: int, seed: int = 0, batch_s
             for rows in batch_rows(total, batch_size):
                 batch = read_batch(curvature.sequences, rows, device_of(model))
                 chance = uniforms(seed * draws + draw, rows, batch.tokens.shape[1])[:, 1 : batch.length + 1]
-                found = sequence_gradients(model, recorder, batch, partial(sample_labels, draws=chance))[0]
+                found = sequence_gradients(model, recorder, batch, drawn_at(chance))[0]
                 yield torch.cat([_outer(each).flatten(1) for each in found.values()], 1)
 
 

@@ -29,9 +29,10 @@ import torch
 from influence_kit.engine import fitting
 from influence_kit.engine.directions import Directions
 from influence_kit.engine.fitting import fit_ekfac
-from influence_kit.engine.gradients import Recorder, device_of, forward, frozen, sequence_gradients, sequence_losses
+from influence_kit.engine.gradients import Recorder, device_of, forward, frozen, sequence_losses
 from influence_kit.engine.index import build_index
 from influence_kit.engine.layers import tracked_layers
+from influence_kit.engine.passes import sequence_gradients
 from influence_kit.engine.scans import score, top_scores
 from influence_kit.engine.sequences import batch_rows, read_batch
 

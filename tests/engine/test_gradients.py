@@ -5,8 +5,9 @@ import torch
 from conftest import ARCHITECTURES, random_sequences, tiny_model
 from torch import nn
 
-from influence_kit.engine.gradients import Recorder, forward, frozen, sequence_gradients, sequence_losses
+from influence_kit.engine.gradients import Recorder, forward, frozen, sequence_losses
 from influence_kit.engine.layers import shape_of, tracked_layers
+from influence_kit.engine.passes import sequence_gradients
 from influence_kit.engine.sequences import batch_rows, read_batch
 
 

@@ -16,8 +16,9 @@ from influence_kit.engine import index as module
 from influence_kit.engine.factors import Rotator
 from influence_kit.engine.features import Features
 from influence_kit.engine.fitting import fit_ekfac
-from influence_kit.engine.gradients import Recorder, frozen, sequence_gradients
+from influence_kit.engine.gradients import Recorder, frozen
 from influence_kit.engine.index import Index, build_index, recall
+from influence_kit.engine.passes import sequence_gradients
 from influence_kit.engine.scans import score, top_scores
 from influence_kit.engine.sequences import read_batch
 

@@ -10,8 +10,8 @@ from influence_kit.engine.directions import Directions
 from influence_kit.engine.factors import EIGENBASIS, LayerFactors, Rotator
 from influence_kit.engine.fitting import fit_ekfac
 from influence_kit.engine.gradients import Recorder, forward, frozen, sequence_losses
-from influence_kit.engine.gradients import sequence_gradients as gradients_of
 from influence_kit.engine.layers import tracked_layers
+from influence_kit.engine.passes import sequence_gradients as gradients_of
 from influence_kit.engine.scans import score, token_scores, top_scores
 from influence_kit.engine.sequences import read_batch
 
