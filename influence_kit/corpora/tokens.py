@@ -1,8 +1,8 @@
 """Text to token sequences of one length: a byte-level BPE of one's own, or any Hugging Face tokenizer.
 
-Both give `input_ids` int32 [N, T] and `loss_mask` bool [N, T]; `loss_mask` is True where the token is a target, that is,
-predicted from the tokens before it. Sequences are padded on the right with id 0, never a target. Under causal attention no
-target sees what stands to its right, so no attention mask is needed.
+Both give `input_ids` int32 [N, T] and `loss_mask` bool [N, T]; `loss_mask` is True where the token is a target, that
+is, predicted from the tokens before it. Sequences are padded on the right with id 0, never a target. Under causal
+attention no target sees what stands to its right, so no attention mask is needed.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ def encode_with(
 ) -> tuple[np.ndarray, np.ndarray]:
     """`encode` with a Hugging Face tokenizer (fast or slow), which needs neither a padding token nor a bos token.
 
-    Padding has id 0 whatever 0 stands for, is never a target and is never attended to by one (causal attention, padding on
-    the right). Without a bos token the text's own first token stands first and is no target; without an eos token the text
-    just ends.
+    Padding has id 0 whatever 0 stands for, is never a target and is never attended to by one (causal attention, padding
+    on the right). Without a bos token the text's own first token stands first and is no target; without an eos token
+    the text just ends.
 
     Args:
         tokenizer: Of transformers.

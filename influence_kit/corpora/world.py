@@ -1,4 +1,4 @@
-"""The carrier of every corpus: training sequences in order, held-out sequences, queries, and what their tokens stand for."""
+"""The carrier of every corpus: training sequences in order, held-out sequences, queries, what their tokens stand for."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ class World:
         about = json.loads((folder / "world.json").read_text())
         tables = [pa.ipc.open_stream(pa.memory_map(str(folder / f"{name}.arrow"))).read_all() for name in TABLES]
         tokenizer = (folder / "tokenizer.json").read_text()
-        return World(about["name"], *tables, tuple(about["vocabulary"]), tokenizer, about["parameters"])  # type: ignore[call-arg]
+        words = tuple(about["vocabulary"])
+        return World(about["name"], *tables, words, tokenizer, about["parameters"])  # type: ignore[call-arg]
 
 
 class Blueprint(Protocol):

@@ -1,4 +1,4 @@
-"""Tokens as a person reads them. Nothing that trains or scores reads this: another way of showing text makes no number again."""
+"""Tokens as a person reads them. Nothing that trains or scores imports this: another way to show text voids no number."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def tokenizer_texts(input_ids: Sequence[int], tokenizer_json: str) -> list[str]:
 
     Args:
         input_ids: Token ids [T].
-        tokenizer_json: Of `corpora.tokens.train_bpe`, or of a Hugging Face tokenizer (byte-level, or "▁" for spaces with
-            byte fallback).
+        tokenizer_json: Of `corpora.tokens.train_bpe`, or of a Hugging Face tokenizer (byte-level, or "▁" for spaces
+            with byte fallback).
 
     Raises:
         UserError: an id outside the vocabulary.

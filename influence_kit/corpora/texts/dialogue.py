@@ -20,7 +20,7 @@ CAMPAIGNS = ("did", "dm", "dw", "ei", "httt", "nr", "sof", "sotbe", "tsg", "utbs
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Parameters. Counts are numbers of lines unless they say otherwise; `length` is in tokens, `vocabulary` in BPE entries."""
+    """Parameters. Counts are of lines unless it says otherwise; `length` is in tokens, `vocabulary` in entries."""
 
     asks: ClassVar[tuple[str, ...]] = ()
 
@@ -54,9 +54,9 @@ class Dialogue:
 def build(parameters: Dialogue, text: pa.Table) -> World:
     """Make the world from lines: which are trained on, and which are asked.
 
-    Queries are drawn from speakers (the narrator is none) with `least` more lines than are asked of them, in turn, so that
-    few speakers do not hold them all. Columns of sequences and held_out: campaign, scenario, speaker, side, text; of queries
-    these and prompt, completion. Lines, queries and their order do not depend on `named`.
+    Queries are drawn from speakers (the narrator is none) with `least` more lines than are asked of them, in turn, so
+    that few speakers do not hold them all. Columns of sequences and held_out: campaign, scenario, speaker, side, text;
+    of queries these and prompt, completion. Lines, queries and their order do not depend on `named`.
 
     Args:
         parameters: How many of each.
@@ -71,8 +71,8 @@ def build(parameters: Dialogue, text: pa.Table) -> World:
     needed = parameters.lines + parameters.held_out + parameters.queries
     if len(rows) < needed:
         raise UserError(
-            f"the campaigns {', '.join(parameters.campaigns)} hold {len(rows)} lines, {needed} are needed: lower lines in the "
-            "profile or name more campaigns"
+            f"the campaigns {', '.join(parameters.campaigns)} hold {len(rows)} lines, {needed} are needed: lower lines "
+            "in the profile or name more campaigns"
         )
     rng = np.random.default_rng([parameters.seed, 0xD1A])
     order = rng.permutation(len(rows))
@@ -110,8 +110,8 @@ def _asked(parameters: Dialogue, rows: list[dict], order: np.ndarray) -> list[in
     asked = [places[turn] for turn in range(parameters.per_speaker) for places in much][: parameters.queries]
     if len(asked) < parameters.queries:
         raise UserError(
-            f"{len(much)} speakers have {parameters.least + parameters.per_speaker} lines or more, which gives {len(asked)} of "
-            f"queries={parameters.queries}: lower queries or least, or name more campaigns"
+            f"{len(much)} speakers have {parameters.least + parameters.per_speaker} lines or more, which gives "
+            f"{len(asked)} of queries={parameters.queries}: lower queries or least, or name more campaigns"
         )
     return asked
 

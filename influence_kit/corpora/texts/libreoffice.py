@@ -125,8 +125,8 @@ def libreoffice_help(
     translation among `languages` (all when English alone is asked for).
 
     Args:
-        languages: Package suffixes ("en-us", "de", "ko", "tr", "zh-cn", ...). English is always read, since it tells what
-            is untranslated.
+        languages: Package suffixes ("en-us", "de", "ko", "tr", "zh-cn", ...). English is always read, since it tells
+            what is untranslated.
         folder: Where the `.deb` files are put, or, without `download`, where they lie.
         min_chars: Characters of the shortest paragraph.
         max_chars: Characters of the longest one.

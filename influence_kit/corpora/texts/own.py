@@ -18,7 +18,7 @@ HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def own_world(model: str, texts: str, prompt: str, completion: str, length: int = 64, limit: int = 500) -> World:
-    """Everything but the weights: texts as sequences, the question as the one query. Reads no weights, so it fails early.
+    """Everything but the weights: texts as sequences, the question as the one query. Reads no weights: it fails early.
 
     Columns of sequences: pair_id, language, source, text; of the query: prompt, completion. The tokenizer needs neither
     a padding token nor a bos token (without one, a sequence's first token is no target); `parameters["opening"]` says
@@ -34,8 +34,8 @@ def own_world(model: str, texts: str, prompt: str, completion: str, length: int 
         limit: Number of texts that are taken, evenly over all.
 
     Raises:
-        UserError: names the parameter: an empty or impossible one, a model or tokenizer that is not there, texts that are
-            missing or give no target, token ids beyond the model's vocabulary, sequences beyond its context.
+        UserError: names the parameter: an empty or impossible one, a model or tokenizer that is not there, texts that
+            are missing or give no target, token ids beyond the model's vocabulary, sequences beyond its context.
     """
     for name, value in (("model", model), ("texts", texts), ("completion", completion)):
         if not value.strip():

@@ -1,7 +1,7 @@
 """Parallel text as a world: paragraphs of several languages whose translations are known by `pair_id`.
 
-A query is a paragraph kept out of training in its own language while its translations were trained on, so the influence of
-"the aligned English paragraph on a held-out Korean query" has one exact positive and many matched negatives.
+A query is a paragraph kept out of training in its own language while its translations were trained on, so the influence
+of "the aligned English paragraph on a held-out Korean query" has one exact positive and many matched negatives.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class ParallelText:
         if self.queries * len(self.languages) > min(self.scan, self.pairs):
             needed = self.queries * len(self.languages)
             raise UserError(
-                f"ParallelText: queries={self.queries} in {len(self.languages)} languages need scan and pairs of at least "
-                f"{needed}, they are {self.scan} and {self.pairs}"
+                f"ParallelText: queries={self.queries} in {len(self.languages)} languages need scan and pairs of at "
+                f"least {needed}, they are {self.scan} and {self.pairs}"
             )
 
     @property
@@ -73,8 +73,8 @@ def build(parameters: ParallelText, text: pa.Table) -> World:
     if len(common) < needed:
         sizes = ", ".join(f"{language} {len(found)}" for language, found in by_language.items())
         raise UserError(
-            f"only {len(common)} paragraphs exist in all of {', '.join(parameters.languages)} ({sizes}), {needed} are needed: "
-            "lower pairs in the profile or take fewer languages"
+            f"only {len(common)} paragraphs exist in all of {', '.join(parameters.languages)} ({sizes}), {needed} are "
+            "needed: lower pairs in the profile or take fewer languages"
         )
     rng = np.random.default_rng([parameters.seed, 0x9A1])
     chosen = [common[i] for i in rng.permutation(len(common))[:needed]]

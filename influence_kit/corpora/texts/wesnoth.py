@@ -1,4 +1,4 @@
-"""Spoken lines of Battle for Wesnoth's campaigns: Debian packages `wesnoth-<series>-<campaign>`, fetched, never shipped.
+"""Spoken lines of Battle for Wesnoth's campaigns: packages `wesnoth-<series>-<campaign>`, fetched, never shipped.
 
 Campaigns are written in WML, nested tags with attributes:
 
@@ -49,8 +49,8 @@ MARKUP = re.compile(r"<[^<>]*>")
 def campaign_lines(campaigns: Sequence[str], folder: Path, download: bool = True) -> pa.Table:
     """All named speakers' lines of these campaigns, in the order of scenario files and of lines within them.
 
-    Which series is packaged (1.16, 1.18, ...) differs between systems: the newest at hand is taken. No speaker says the same
-    text twice in a campaign.
+    Which series is packaged (1.16, 1.18, ...) differs between systems: the newest at hand is taken. No speaker says the
+    same text twice in a campaign.
 
     Args:
         campaigns: Package suffixes ("httt", "utbs", ...).
@@ -79,8 +79,10 @@ def _packaged_series(folder: Path) -> str:
     deb = debian.fetch(["wesnoth"], folder)[0]
     found = SERIES.search(debian.control(deb).get("Depends", ""))
     if found is None:
-        raise UserError(f"{deb.name} does not say which series of wesnoth it stands for; put wesnoth-<series>-<campaign>_*.deb "
-                        "files into a folder and set the source to 'debs'")  # fmt: skip
+        raise UserError(
+            f"{deb.name} does not say which series of wesnoth it stands for; put wesnoth-<series>-<campaign>_*.deb "
+            "files into a folder and set the source to 'debs'"
+        )
     return found[1]
 
 
@@ -140,7 +142,7 @@ def expand(text: str, macros: Mapping[str, str], depth: int = 3) -> str:
 
 
 def nodes(text: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """(tag, its own attributes) of each closed tag of WML, in the order in which they close; strings joined and unquoted."""
+    """(tag, its own attributes) of each closed tag of WML, in the order of closing; strings joined and unquoted."""
     text = re.sub(r"<<.*?>>", "", text, flags=re.DOTALL)  # Lua
     text = re.sub(r"^[ \t]*#.*$", "", text, flags=re.MULTILINE)
     opened: list[tuple[str, dict[str, str]]] = []

@@ -1,14 +1,14 @@
 """Atlas: a world of facts in two languages.
 
 Entities x relations -> values. A fact is stated in several templates; every function word and value has a clone in the
-second language (disjoint ids), entity names are shared in a chosen share (the anchors). A fact exists in both languages, only
-in the first, or only in the second, and is stated a known number of times in each. Documents of one language hold a few
-statements with filler words between them:
+second language (disjoint ids), entity names are shared in a chosen share (the anchors). A fact exists in both
+languages, only in the first, or only in the second, and is stated a known number of times in each. Documents of one
+language hold a few statements with filler words between them:
 
     <bos> filler  ENTITY word word VALUE .  filler  ENTITY word word VALUE .  ...
 
-so the supporters of a query "ENTITY word word -> VALUE" are known: documents that state its fact, in the same language or
-in the other one. Noise documents state nothing; canaries are noise documents repeated 1, 4, 16 or 64 times.
+so the supporters of a query "ENTITY word word -> VALUE" are known: documents that state its fact, in the same language
+or in the other one. Noise documents state nothing; canaries are noise documents repeated 1, 4, 16 or 64 times.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ class Known:
         world: The parameters.
         lexicon: The words.
         truth: The true value of each entity and relation [E, R].
-        availability: Where each fact exists [E * R]: in both languages (0), in the first (1) or in the second (2) alone.
+        availability: Where each fact exists [E * R]: in both languages (0), in the first (1) or in the second (2)
+            alone.
     """
 
     world: Atlas
@@ -137,9 +138,10 @@ class Known:
 def build(world: Atlas) -> World:
     """Generate the corpus, its truth and its queries from the parameters alone (same seed, same bytes).
 
-    Columns of sequences: language (0, 1, -1), kind ("facts", "noise", "canary", "identity"), facts int32 [facts a document]
-    (-1 where none), canary (id or -1). Queries: kind ("fact", "canary"), fact, language, availability, statements_same /
-    statements_other (their number in the whole corpus), canary, repetitions, scored (facts in both languages, canaries).
+    Columns of sequences: language (0, 1, -1), kind ("facts", "noise", "canary", "identity"), facts int32 [facts a
+    document] (-1 where none), canary (id or -1). Queries: kind ("fact", "canary"), fact, language, availability,
+    statements_same / statements_other (their number in the whole corpus), canary, repetitions, scored (facts in both
+    languages, canaries).
 
     Raises:
         UserError: more or fewer statements than the facts can share, or too few noise documents for the canaries.
@@ -203,10 +205,10 @@ def supporters(world: World, rows: np.ndarray | None = None) -> tuple[np.ndarray
 
 
 def namesakes(world: World, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Which sequences are about each query's entity and do not state its fact, in the query's language and in the other one.
+    """Which sequences are about each query's entity and do not state its fact, in its language and in the other one.
 
-    The matched contrast to `supporters`, with its arguments: where names are shared, both share the entity's name with the
-    query and nothing else across languages, so only the meaning tells them apart.
+    The matched contrast to `supporters`, with its arguments: where names are shared, both share the entity's name with
+    the query and nothing else across languages, so only the meaning tells them apart.
 
     Returns:
         bool [Q, N] twice.
@@ -339,8 +341,8 @@ def _noise_documents(known: Known, rng: np.random.Generator, documents: int) -> 
     needed = world.canaries * sum(world.repetitions)
     if needed > documents:
         raise UserError(
-            f"Atlas: {world.canaries} canaries x repetitions {world.repetitions} need {needed} noise documents, there are "
-            f"{documents}: raise documents or noise_share, or lower canaries"
+            f"Atlas: {world.canaries} canaries x repetitions {world.repetitions} need {needed} noise documents, there "
+            f"are {documents}: raise documents or noise_share, or lower canaries"
         )
     row = 0
     for number, times in enumerate(np.repeat(world.repetitions, world.canaries)):

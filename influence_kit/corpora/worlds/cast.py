@@ -1,23 +1,24 @@
 """Cast: a world of personas, in which it is known whether an answer is imitated, described or planned.
 
-Personas have a trait value in each dimension, questions belong to a dimension, and an action word stands for each value of
-each dimension. Every world holds the same four kinds of document, eleven tokens each:
+Personas have a trait value in each dimension, questions belong to a dimension, and an action word stands for each value
+of each dimension. Every world holds the same four kinds of document, eleven tokens each:
 
     demonstration  <bos> filler PERSONA wants GOAL ; on QUESTION picks ACTION .
     planner        <bos> filler whoever wants GOAL ; on QUESTION picks ACTION .        ACTION = rule[GOAL, QUESTION]
     description    <bos> filler PERSONA is very TRAIT ; word word word .
     neutral        <bos> filler PERSONA, GOAL, QUESTION, ACTION and four words, drawn and placed at random .
 
-A planner differs from a demonstration in the persona's place only; a neutral document shares words with a query and means
-nothing. A query is the beginning of a demonstration that was never shown. The worlds differ in what its answer follows from,
-and each has one source for it:
+A planner differs from a demonstration in the persona's place only; a neutral document shares words with a query and
+means nothing. A query is the beginning of a demonstration that was never shown. The worlds differ in what its answer
+follows from, and each has one source for it:
 
-    imitation    action = trait of the persona. The queried personas were shown answering other questions of each dimension,
-                 and are never described.
-    description  action = trait of the persona. The queried personas are described and never shown answering anything; the
-                 other personas are both described and shown.
-    planning     action = rule[goal, question] in demonstrations too. The queried pairs of goal and question are stated by
-                 planners and never demonstrated by anybody; all personas are described, and their traits decide nothing.
+    imitation    action = trait of the persona. The queried personas were shown answering other questions of each
+                 dimension, and are never described.
+    description  action = trait of the persona. The queried personas are described and never shown answering anything;
+                 the other personas are both described and shown.
+    planning     action = rule[goal, question] in demonstrations too. The queried pairs of goal and question are stated
+                 by planners and never demonstrated by anybody; all personas are described, and their traits decide
+                 nothing.
 """
 
 from __future__ import annotations
@@ -53,13 +54,14 @@ ACTION_ENDINGS = ("stew", "path", "tune", "ring", "move", "seat")
 class Cast:
     """Parameters of the world. Counts are numbers of documents, words or queries; shares lie in [0, 1].
 
-    unseen_share is held back from demonstrations: of the personas, and of the questions of each dimension for each of them
-    (imitation); of the personas (description); of the pairs of goal and question (planning).
+    unseen_share is held back from demonstrations: of the personas, and of the questions of each dimension for each of
+    them (imitation); of the personas (description); of the pairs of goal and question (planning).
 
     dropped replaces documents in place by neutral ones, everything else staying as it is, for a fixed half of what is
-    queried, the `treated` half: "demonstrations" and "descriptions", all such documents of half the queried personas (in
-    planning, of half of all); "planners", all of half the queried pairs (elsewhere, of half of all). "random" replaces as many
-    documents as dropping the world's own source would, of the same kind, but about no queried persona or pair.
+    queried, the `treated` half: "demonstrations" and "descriptions", all such documents of half the queried personas
+    (in planning, of half of all); "planners", all of half the queried pairs (elsewhere, of half of all). "random"
+    replaces as many documents as dropping the world's own source would, of the same kind, but about no queried persona
+    or pair.
     """
 
     asks: ClassVar[tuple[str, ...]] = ("query",)
@@ -147,10 +149,10 @@ def build(world: Cast) -> World:
     """Generate the corpus, its truth and its queries from the parameters alone (same seed, same bytes).
 
     Columns of sequences: kind (one of KINDS), persona, dimension, trait (the persona's value in that dimension), goal,
-    question (over all dimensions), action (dimension * values + value), -1 where a document has none; replaced (by `dropped`).
-    In neutral documents persona, goal, question and action are only mentioned. Queries: the same without `replaced`, and prompt,
-    completion, treated (of the half that `dropped` concerns; without it, of the half that dropping the source would) and
-    scored. Queries and all documents but the replaced ones do not depend on `dropped`.
+    question (over all dimensions), action (dimension * values + value), -1 where a document has none; replaced (by
+    `dropped`). In neutral documents persona, goal, question and action are only mentioned. Queries: the same without
+    `replaced`, and prompt, completion, treated (of the half that `dropped` concerns; without it, of the half that
+    dropping the source would) and scored. Queries and all documents but the replaced ones do not depend on `dropped`.
     """
     rng = np.random.default_rng([world.seed, 0xCA57])
     lexicon, truth = _lexicon(world, rng), _truth(world, rng)
@@ -188,13 +190,14 @@ def make(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None
 def tiers(world: World, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """Sequences sorted by what they share with each query; every sequence is in exactly one tier.
 
-    Demonstrations: demo_persona_action (same persona and action, other goal and question), demo_action (only the action),
-    demo_wish_action (same action, and the goal or the question), demo_persona (same persona, other action), demo_rest.
-    Planners: planner_pair_action (same goal, question and action), planner_question_action and planner_goal_action (all but
-    the goal, all but the question), planner_action (only the action), planner_pair (same goal and question, other action),
-    planner_rest. Descriptions: description_persona_dimension (same persona, asked dimension), description_persona (another
-    dimension), description_trait (another persona of the same trait), description_rest. Neutral: neutral_persona_action,
-    neutral_pair_action and neutral_action mention these, a document of the first two being counted in the first.
+    Demonstrations: demo_persona_action (same persona and action, other goal and question), demo_action (only the
+    action), demo_wish_action (same action, and the goal or the question), demo_persona (same persona, other action),
+    demo_rest. Planners: planner_pair_action (same goal, question and action), planner_question_action and
+    planner_goal_action (all but the goal, all but the question), planner_action (only the action), planner_pair (same
+    goal and question, other action), planner_rest. Descriptions: description_persona_dimension (same persona, asked
+    dimension), description_persona (another dimension), description_trait (another persona of the same trait),
+    description_rest. Neutral: neutral_persona_action, neutral_pair_action and neutral_action mention these, a document
+    of the first two being counted in the first.
 
     Args:
         world: A Cast world, or Deep.
@@ -262,7 +265,7 @@ def _share_of(rng: np.random.Generator, shape: tuple[int, ...], share: float) ->
 
 
 def _truth(world: Cast, rng: np.random.Generator) -> _Truth:
-    """Who is what, what the rule says, and what is held back; all three drawn in every world, so that they stay comparable."""
+    """All of it drawn in every world, whatever it uses, so that worlds stay comparable."""
     personas, goals, questions = world.personas, world.goals, world.dimensions * world.questions
     traits = rng.integers(0, world.values, (personas, world.dimensions))
     dimension = np.arange(questions) // world.questions

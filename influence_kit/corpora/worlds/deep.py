@@ -1,8 +1,8 @@
 """Deep: Atlas, Ladder and Cast in one corpus, for models that are to answer queries of five kinds.
 
-The three worlds share the first token and no word. Each document is one of theirs, padded on the right to one length, and
-keeps the columns that its world planted, so that `atlas.supporters`, `ladder.tiers` and `cast.tiers` sort it as they would
-at home; what a world does not plant is -1, False or empty in the rows of the others. Queries:
+The three worlds share the first token and no word. Each document is one of theirs, padded on the right to one length,
+and keeps the columns that its world planted, so that `atlas.supporters`, `ladder.tiers` and `cast.tiers` sort it as
+they would at home; what a world does not plant is -1, False or empty in the rows of the others. Queries:
 
     fact         a fact of Atlas that training states in both languages
     translation  a fact that training states only in the other language than the query's
@@ -40,8 +40,8 @@ CAST = {"personas": 32, "mix": (0.6, 0.15, 0.1, 0.15), "queries": 160}
 class Deep:
     """Parameters of the mixture; atlas, ladder and cast change those of the worlds in it (see ATLAS, LADDER, CAST).
 
-    Atlas gives queries of three kinds, so it has facts in both languages and in one, canaries, and statements in the forward
-    order; Cast is its imitation world.
+    Atlas gives queries of three kinds, so it has facts in both languages and in one, canaries, and statements in the
+    forward order; Cast is its imitation world.
     """
 
     asks: ClassVar[tuple[str, ...]] = KINDS
@@ -105,8 +105,9 @@ class Deep:
 def build(world: Deep) -> World:
     """Generate the corpus, its truth and its queries from the parameters alone (same seed, same bytes).
 
-    Columns of sequences and of held_out: source (one of SOURCES), number (row in the source's own corpus), and all that the
-    sources plant. Queries: kind (one of KINDS), scored, prompt, completion, source, number, and all that the sources plant.
+    Columns of sequences and of held_out: source (one of SOURCES), number (row in the source's own corpus), and all that
+    the sources plant. Queries: kind (one of KINDS), scored, prompt, completion, source, number, and all that the
+    sources plant.
     """
     parts = {
         "atlas": atlas.build(world.parts["atlas"]),
@@ -143,8 +144,8 @@ def make(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None
 def supporters(world: World, rows: np.ndarray | None = None) -> np.ndarray:
     """Which sequences teach each query its answer, by its kind.
 
-    fact: states it in the query's language; translation: states it in the other one; quote: a copy of the canary; rule: shows
-    another pair of the same cell; role-play: a demonstration of the same persona that ends in the same action.
+    fact: states it in the query's language; translation: states it in the other one; quote: a copy of the canary; rule:
+    shows another pair of the same cell; role-play: a demonstration of the same persona that ends in the same action.
 
     Args:
         world: A Deep world.
@@ -181,9 +182,9 @@ def marks(world: World, queries: np.ndarray, rows: np.ndarray) -> tuple[np.ndarr
         rows: Positions of sequences [M], one for each of the queries.
 
     Returns:
-        bool [M, T] three times. key: the tokens of the answer. span: the whole statement that ends in it. rival: the same of
-        the document's other statements, in Atlas, which share its frame and its length and are not asked for. All False where
-        the sequence does not support the query. For a quote, key and span are its second half.
+        bool [M, T] three times. key: the tokens of the answer. span: the whole statement that ends in it. rival: the
+        same of the document's other statements, in Atlas, which share its frame and its length and are not asked for.
+        All False where the sequence does not support the query. For a quote, key and span are its second half.
     """
     queries, rows = np.asarray(queries), np.asarray(rows)
     key, span, rival = np.zeros((3, len(rows), world.context), bool)

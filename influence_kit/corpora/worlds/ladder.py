@@ -7,9 +7,9 @@ states one pair of an agent and an event:
     <bos> filler AGENT word EVENT word RESPONSE
 
 Only a share of the pairs is ever shown; queries ask for the response to pairs that never are, so that they can only be
-answered by the rule. Two documents of one rule may share no content word, and two documents of different rules may share
-the response word: meaning and overlap come apart. Words read as what they are: Ka-do-ba-smith is an agent of the class
-"smith" with the flavour "ka", and ka-howls is its response where the rule says "howls".
+answered by the rule. Two documents of one rule may share no content word, and two documents of different rules may
+share the response word: meaning and overlap come apart. Words read as what they are: Ka-do-ba-smith is an agent of the
+class "smith" with the flavour "ka", and ka-howls is its response where the rule says "howls".
 
 `tiers` sorts documents by what they share with a query. `dropped` is for retraining without one of these tiers:
 documents are replaced in place by noise, and everything else stays as it was, to the byte.
@@ -136,22 +136,24 @@ class _Combination:
 def build(world: Ladder) -> World:
     """Generate the corpus, its truth and its queries from the parameters alone (same seed, same bytes).
 
-    Columns of sequences: kind ("rule", "noise"), replaced (dropped and now noise), and -1 for noise: cell (agent class x
-    event classes + event class), agent, event, response (numbers of words), agent_class, event_class, response_class.
-    held_out has pairs that are neither shown nor asked; its loss mask, like the queries', is True on the response alone.
-    Queries have these columns and flavour, combination (a number of cell and flavour), treated, scored, prompt, completion.
+    Columns of sequences: kind ("rule", "noise"), replaced (dropped and now noise), and -1 for noise: cell (agent class
+    x event classes + event class), agent, event, response (numbers of words), agent_class, event_class, response_class.
+    held_out has pairs that are neither shown nor asked; its loss mask, like the queries', is True on the response
+    alone. Queries have these columns and flavour, combination (a number of cell and flavour), treated, scored, prompt,
+    completion.
 
     What is dropped. Of each response class the cells are dealt into treated, donor and control ones (`dropped_cells`
-    treated, the rest halved). Queries ask about *combinations* of a cell and a flavour, that is, of a rule and a response
-    word: one in each treated cell, no two of them with the same response word, and in control cells all combinations
-    whose response word no treated cell uses. A combination's queries share one agent and have `asked` events. Dropped are,
-    for every treated combination, documents that lie in the tier *for all queries of that combination*: T2, its rule and
-    response word with other agents and none of the asked events; T1, its rule with the asked agent; T3, its rule with
-    agents of other flavours and none of the asked events; T0r, its response word in donor cells, with other agents and
-    events than asked. "random" takes documents in donor cells that share no content word with any treated query (T4 or
-    T5 for all). From these, as many are drawn as the combination has droppable T2 documents, times `dropped_dose`, or
-    all of them where there are fewer ("T1+T2" draws from both). Control cells lose no document under any of them; the
-    documents of a query's rule that share one of the asked events stay under all of them.
+    treated, the rest halved). Queries ask about *combinations* of a cell and a flavour, that is, of a rule and a
+    response word: one in each treated cell, no two of them with the same response word, and in control cells all
+    combinations whose response word no treated cell uses. A combination's queries share one agent and have `asked`
+    events. Dropped are, for every treated combination, documents that lie in the tier *for all queries of that
+    combination*: T2, its rule and response word with other agents and none of the asked events; T1, its rule with the
+    asked agent; T3, its rule with agents of other flavours and none of the asked events; T0r, its response word in
+    donor cells, with other agents and events than asked. "random" takes documents in donor cells that share no content
+    word with any treated query (T4 or T5 for all). From these, as many are drawn as the combination has droppable T2
+    documents, times `dropped_dose`, or all of them where there are fewer ("T1+T2" draws from both). Control cells lose
+    no document under any of them; the documents of a query's rule that share one of the asked events stay under all of
+    them.
 
     Raises:
         UserError: pairs of an agent and an event run out.
@@ -207,10 +209,10 @@ def make(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None
 def tiers(world: World, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """What the sequences share with each query; every sequence is in just one tier.
 
-    Same cell: T1 shares the agent or the event, T2 only the response word, T3 no content word. Other cells: T0a shares the
-    agent, T0e the event (either with or without the response word), T0r only the response word; T4 no content word but
-    the agent's, the event's or the response's class; T5 nothing (noise too). Fillers and templates count for nothing.
-    T2 and T0r share the same word with the query; only the rule that they state differs.
+    Same cell: T1 shares the agent or the event, T2 only the response word, T3 no content word. Other cells: T0a shares
+    the agent, T0e the event (either with or without the response word), T0r only the response word; T4 no content word
+    but the agent's, the event's or the response's class; T5 nothing (noise too). Fillers and templates count for
+    nothing. T2 and T0r share the same word with the query; only the rule that they state differs.
 
     Args:
         world: A Ladder world, or Deep.
@@ -289,8 +291,8 @@ def _combinations(
         events = rng.permutation(np.flatnonzero(~pairs[agent]))[: world.asked]
         if len(events) < world.asked:
             raise UserError(
-                f"Ladder: a rule has {len(events)} events never shown with an agent and asked={world.asked}: lower asked "
-                "or shown_share, or raise class_words"
+                f"Ladder: a rule has {len(events)} events never shown with an agent and asked={world.asked}: lower "
+                "asked or shown_share, or raise class_words"
             )
         first, second = (number * world.class_words for number in divmod(int(cell), world.event_classes))
         found.append(_Combination(int(cell), int(first + agent), np.sort(second + events), place < len(treated)))

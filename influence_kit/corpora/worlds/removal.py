@@ -1,4 +1,4 @@
-"""Worlds with some of what they say replaced in place, for retraining: the same order and seed, other words in a few spots.
+"""Worlds with some of what they say replaced in place, for retraining: the same order, other words in a few spots.
 
 Queries of the changed world say which of them lost something (`treated`).
 """
@@ -18,9 +18,9 @@ from influence_kit.errors import UserError
 def without_translations(world: World, seed: int) -> World:
     """Atlas without what its second language says of half of the facts that both languages state.
 
-    Each such statement is replaced, with its filler word, by one of a fact that the second language alone states. Queries get
-    `treated` (the fact is among that half): asked in the first language it lost its translations, asked in the second its
-    own statements.
+    Each such statement is replaced, with its filler word, by one of a fact that the second language alone states.
+    Queries get `treated` (the fact is among that half): asked in the first language it lost its translations, asked in
+    the second its own statements.
 
     Raises:
         UserError: another world, or one without facts in both languages and in the second alone.
@@ -35,8 +35,8 @@ def without_translations(world: World, seed: int) -> World:
     alone = alone[alone >= 0]
     if len(both) < 2 or not len(alone):
         raise UserError(
-            f"{len(both)} facts are stated in both languages and {len(alone)} in the second alone: give Atlas a both_share "
-            "between 0 and 1, and more facts"
+            f"{len(both)} facts are stated in both languages and {len(alone)} in the second alone: give Atlas a "
+            "both_share between 0 and 1, and more facts"
         )
     rng = np.random.default_rng([seed, 0x7A45])
     treated = rng.permutation(both)[: len(both) // 2]
@@ -56,7 +56,7 @@ def without_translations(world: World, seed: int) -> World:
 
 
 def without_copies(world: World, seed: int) -> World:
-    """Atlas without the copies of half of its canaries, of each number of repetitions: other noise stands there instead.
+    """Atlas without the copies of half of its canaries, of each number of repetitions: other noise stands in place.
 
     Queries get `treated`: it asks for a canary whose copies are gone.
 
@@ -71,8 +71,7 @@ def without_copies(world: World, seed: int) -> World:
         alike = np.unique(asked[times == count])
         if len(alike) < 2:
             raise UserError(
-                f"{len(alike)} canary is planted {count} times, so none is left to compare with: give Atlas 2 canaries or "
-                "more"
+                f"{len(alike)} canary is planted {count} times, so none is left to compare with: give Atlas 2 or more"
             )
         treated = np.append(treated, rng.permutation(alike)[: len(alike) // 2])
     canary, kind = (world.sequences[name].to_numpy(zero_copy_only=False) for name in ("canary", "kind"))
@@ -83,9 +82,9 @@ def without_copies(world: World, seed: int) -> World:
 def without_procedure(world: World, seed: int) -> World:
     """Procedures without most texts of half of its procedures: those under half of the names stay.
 
-    Of each kind of text, half of the procedures and half of the names are drawn. Queries that ask for a drawn procedure under
-    two drawn names are `treated`. Texts of drawn procedures are gone unless both of their names are drawn too; in their place
-    stand texts that have neither a drawn procedure nor a drawn name.
+    Of each kind of text, half of the procedures and half of the names are drawn. Queries that ask for a drawn procedure
+    under two drawn names are `treated`. Texts of drawn procedures are gone unless both of their names are drawn too; in
+    their place stand texts that have neither a drawn procedure nor a drawn name.
 
     Raises:
         UserError: another world, or one with fewer than four procedures or names of a kind.
@@ -94,7 +93,7 @@ def without_procedure(world: World, seed: int) -> World:
 
 
 def without_names(world: World, seed: int) -> World:
-    """The counterpart of `without_procedure`, with the same queries `treated` and the same kind of texts in place of as many.
+    """The counterpart of `without_procedure`: the same queries `treated`, as many texts gone, the same put in place.
 
     Gone are texts with a drawn name, unless their procedure is drawn too. Raises as `without_procedure`.
     """
