@@ -17,10 +17,13 @@ samples). Student's t over the seeds' values is exact for normal ones, yet three
 interval narrower than the queries' own noise. So the default is the smallest interval that holds both.
 """
 
+from __future__ import annotations
+
 import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 import numpy as np
 
@@ -38,17 +41,36 @@ def _number(value: float, spec: str) -> str:
     return f"{value:.1e}" if value != 0 and float(text) == 0 else text
 
 
+class Options(TypedDict, total=False):
+    """How an interval is made.
+
+    Attributes:
+        level: Probability that it is to hold; 0.95.
+        draws: Number of resamples; 2000.
+        seed: Of the generator; equal seeds give equal intervals; 0.
+        method: "wider" (the default), "bootstrap" or "t". With one seed units alone are resampled and the note says so;
+            "t" is then nan.
+        bounds: What the number can be at least and at most (an accuracy: `(0, 1)`); the interval is cut there.
+    """
+
+    level: float
+    draws: int
+    seed: int
+    method: str
+    bounds: tuple[float, float]
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A number with its interval, printed as `0.38 [0.30, 0.45]`.
 
     Attributes:
-        value: the estimate.
-        low: lower end of the interval.
-        high: upper end.
-        n: units (queries) used, over all seeds.
-        seeds: labels of the seeds used.
-        note: what a reader must know of the interval; empty when there is nothing to say.
+        value: The estimate.
+        low: Lower end of the interval.
+        high: Upper end.
+        n: Units (queries) used, over all seeds.
+        seeds: Labels of the seeds used.
+        note: What a reader must know of the interval; empty when there is nothing to say.
     """
 
     value: float
@@ -84,25 +106,26 @@ class Estimate:
 
 
 def ratio_of_means(values: np.ndarray, axis: int = 0) -> np.ndarray:
-    """Mean of the first column over the mean of the second: `[..., units, 2]` with `axis` the units' axis."""
+    """Mean of the first column over the mean of the second, of [..., units, 2] with `axis` the units' axis."""
     means = np.mean(values, axis=axis)
     with np.errstate(divide="ignore", invalid="ignore"):
         return means[..., 0] / means[..., 1]
 
 
-def _statistic(function: Callable, batch: np.ndarray) -> np.ndarray:
-    """Apply to `[draws, units(, k)]`, at once where the function knows an axis (numpy's and scipy's convention)."""
+def _of_samples(statistic: Callable, samples: np.ndarray) -> np.ndarray:
+    """The statistic of each of [draws, units(, k)], at once where it knows an axis (numpy's and scipy's convention)."""
     try:
-        vectorised = "axis" in inspect.signature(function).parameters
+        vectorised = "axis" in inspect.signature(statistic).parameters
     except ValueError:
         vectorised = False
-    result = np.asarray(function(batch, axis=1) if vectorised else [function(sample) for sample in batch], dtype=float)
-    if result.shape != batch.shape[:1]:
+    found = statistic(samples, axis=1) if vectorised else [statistic(sample) for sample in samples]
+    found = np.asarray(found, dtype=float)
+    if found.shape != samples.shape[:1]:
         raise UserError(
-            f"The statistic {getattr(function, '__name__', function)!r} turned {batch.shape[0]} samples of shape "
-            f"{batch.shape[1:]} into an array of shape {result.shape}; it must give one number a sample."
+            f"The statistic {getattr(statistic, '__name__', statistic)!r} turned {samples.shape[0]} samples of shape "
+            f"{samples.shape[1:]} into an array of shape {found.shape}; it must give one number a sample."
         )
-    return result
+    return found
 
 
 def _by_seed(values, seeds) -> dict:
@@ -116,19 +139,32 @@ def _by_seed(values, seeds) -> dict:
     return {label: values[(seeds == label) & usable] for label in np.unique(seeds).tolist()}
 
 
-def _resampled(arms: Sequence[np.ndarray], draws: int, statistic: Callable, combine: Callable, rng) -> np.ndarray:
-    """`draws` values of one seed's number, its units drawn anew in every arm: `[draws]`."""
+def _resampled(arms: Sequence[np.ndarray], number: Callable, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """`draws` values of one seed's number, its units drawn anew in every arm: [draws]."""
     parts = []
     step = max(1, CHUNK // max(arm.size for arm in arms))
     for start in range(0, draws, step):
         size = min(step, draws - start)
-        resamples = [arm[rng.integers(0, len(arm), (size, len(arm)))] for arm in arms]
-        parts.append(combine(*[_statistic(statistic, resample) for resample in resamples]))
+        parts.append(number(*[arm[rng.integers(0, len(arm), (size, len(arm)))] for arm in arms]))
     return np.concatenate(parts) if parts else np.empty(0)
 
 
-def _estimate(groups: dict, statistic, combine, level, draws, seed, method, bounds) -> Estimate:
-    """`groups`: seed -> tuple of arms, each `[units(, k)]`."""
+def _estimate(
+    groups: dict,
+    number: Callable,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+    method: str = "wider",
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+) -> Estimate:
+    """Mean over seeds of a seed's number.
+
+    Args:
+        groups: For each seed its arms (one, or the two that are compared), each [units(, k)].
+        number: Maps arms of samples, each [draws, units(, k)], to a number a sample [draws].
+        level, draws, seed, method, bounds: As in `Options`.
+    """
     from scipy.stats import t
 
     if method not in METHODS:
@@ -140,10 +176,10 @@ def _estimate(groups: dict, statistic, combine, level, draws, seed, method, boun
     if not groups:
         return Estimate(math.nan, math.nan, math.nan, 0, (), "no unit has a value")
     with np.errstate(all="ignore"):
-        values = np.array([combine(*[_statistic(statistic, arm[None]) for arm in arms])[0] for arms in groups.values()])
+        values = np.array([number(*[arm[None] for arm in arms])[0] for arms in groups.values()])
         value = values.mean()
         if np.isnan(value):
-            missing = [str(label) for label, number in zip(labels, values, strict=True) if np.isnan(number)]
+            missing = [str(label) for label, found in zip(labels, values, strict=True) if np.isnan(found)]
             return Estimate(math.nan, math.nan, math.nan, n, labels, f"no value in seed {', '.join(missing)}")
         lows, highs, notes = [], [], []
         tails = [(1 - level) / 2, (1 + level) / 2]
@@ -153,7 +189,7 @@ def _estimate(groups: dict, statistic, combine, level, draws, seed, method, boun
             table = np.empty(chosen.shape)
             for index, arms in enumerate(groups.values()):
                 here = chosen == index
-                table[here] = _resampled(arms, int(here.sum()), statistic, combine, rng)
+                table[here] = _resampled(arms, number, int(here.sum()), rng)
             simulated = table.mean(1)
             undefined = np.isnan(simulated)
             if undefined.any():
@@ -174,16 +210,7 @@ def _estimate(groups: dict, statistic, combine, level, draws, seed, method, boun
     return Estimate(float(value), float(low), float(high), n, labels, "; ".join(notes))
 
 
-def bootstrap(
-    values,
-    seeds,
-    statistic: Callable = np.mean,
-    level: float = 0.95,
-    draws: int = 2000,
-    seed: int = 0,
-    method: str = "wider",
-    bounds: tuple[float, float] = (-math.inf, math.inf),
-) -> Estimate:
+def bootstrap(values, seeds, statistic: Callable = np.mean, **options: Unpack[Options]) -> Estimate:
     """A number over seeds and units with its interval: mean over seeds of `statistic(units of the seed)`.
 
     The hierarchical bootstrap draws seeds with replacement, then units within each drawn seed. With three seeds it
@@ -195,104 +222,68 @@ def bootstrap(
     for new queries.
 
     Args:
-        values: `[units]`, or `[units, k]` when the statistic needs columns of one unit together, such as
-            `ratio_of_means`. Units with a nan are left out.
-        seeds: `[units]` label of each unit's seed; a seed with a single unit is fine (a number per seed).
-        statistic: maps the units of one seed to a number. If it takes `axis` it is called once for all resamples.
-        level: probability that the interval is to hold.
-        draws: number of resamples.
-        seed: of the generator; equal seeds give equal intervals.
-        method: "wider", "bootstrap" or "t". With one seed units alone are resampled and the note says so; "t" is then
-            nan.
-        bounds: what the number can be at least and at most (an accuracy: `(0, 1)`); the interval is cut there.
+        values: [units], or [units, k] when the statistic needs columns of one unit together, such as `ratio_of_means`.
+            Units with a nan are left out.
+        seeds: Label of each unit's seed [units]; a seed with a single unit is fine (a number per seed).
+        statistic: Maps the units of one seed to a number. If it takes `axis` it is called once for all resamples.
+        options: How the interval is made.
 
     Returns:
         An `Estimate` in the unit of the statistic; all nan when no unit has a value.
 
     Raises:
-        UserError: shapes that do not fit, an unknown method, or a statistic that is not one number.
+        UserError: Shapes that do not fit, an unknown method, or a statistic that is not one number.
     """
     groups = {label: (units,) for label, units in _by_seed(values, seeds).items()}
-    return _estimate(groups, statistic, lambda number: number, level, draws, seed, method, bounds)
-
-
-def _contrast(
-    a, a_seeds, b, b_seeds, matched_units, statistic, combine, level, draws, seed, method, bounds
-) -> Estimate:
-    in_a, in_b = np.unique(a_seeds).tolist(), np.unique(b_seeds).tolist()
-    if in_a != in_b:
-        raise UserError(
-            f"The two arms have seeds {in_a} and {in_b}; a contrast needs the same seeds in both, so leave out those "
-            "that only one of them has."
-        )
-    if not matched_units:
-        first, second = _by_seed(a, a_seeds), _by_seed(b, b_seeds)
-        groups = {label: (first[label], second[label]) for label in first}
-        return _estimate(groups, statistic, combine, level, draws, seed, method, bounds)
-    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    if a.shape != b.shape or not np.array_equal(a_seeds, b_seeds):
-        raise UserError(
-            f"Matched units need both arms in one shape and one order of seeds; these are {a.shape} and {b.shape}."
-        )
-    columns = 1 if a.ndim == 1 else a.shape[1]
-    paired = np.concatenate([a.reshape(-1, columns), b.reshape(-1, columns)], axis=1)
-
-    def arms(batch, axis=0):
-        left, right = batch[..., :columns], batch[..., columns:]
-        if a.ndim == 1:
-            left, right = left[..., 0], right[..., 0]
-        return combine(_statistic(statistic, left), _statistic(statistic, right))
-
-    groups = {label: (units,) for label, units in _by_seed(paired, a_seeds).items()}  # type: ignore[misc]
-    return _estimate(groups, arms, lambda number: number, level, draws, seed, method, bounds)
+    return _estimate(groups, lambda units: _of_samples(statistic, units), **options)
 
 
 def difference(
-    a,
-    a_seeds,
-    b,
-    b_seeds,
-    statistic: Callable = np.mean,
-    matched_units: bool = False,
-    level: float = 0.95,
-    draws: int = 2000,
-    seed: int = 0,
-    method: str = "wider",
-    bounds: tuple[float, float] = (-math.inf, math.inf),
+    a, a_seeds, b, b_seeds, statistic: Callable = np.mean, matched_units: bool = False, **options: Unpack[Options]
 ) -> Estimate:
     """`statistic(a) - statistic(b)` within each seed, averaged over seeds: "large minus small" with matched seeds.
 
     Seeds are drawn jointly for both arms, so what a seed does to both cancels. `n` counts the units of both arms.
 
     Args:
-        a: `[units]` or `[units, k]`, as in `bootstrap`.
-        a_seeds: `[units]`, the seed of each unit of `a`.
-        b: likewise, its number of units free unless they are matched.
-        b_seeds: `[units]`, the same seeds as in `a_seeds`.
-        matched_units: row i of `a` and of `b` is the same unit (one query, two models): rows are then drawn together
+        a: [units] or [units, k], as in `bootstrap`.
+        a_seeds: The seed of each unit of `a` [units].
+        b: Likewise, its number of units free unless they are matched.
+        b_seeds: [units], the same seeds as in `a_seeds`.
+        statistic: As in `bootstrap`.
+        matched_units: Row i of `a` and of `b` is the same unit (one query, two models): rows are then drawn together
             and `n` counts pairs.
+        options: How the interval is made.
 
     Raises:
-        UserError: seeds that only one arm has, unequal shapes of matched units, and as `bootstrap`.
+        UserError: Seeds that only one arm has, unequal shapes of matched units, and as `bootstrap`.
     """
-    return _contrast(a, a_seeds, b, b_seeds, matched_units, statistic, np.subtract, level, draws, seed, method, bounds)
+    in_a, in_b = np.unique(a_seeds).tolist(), np.unique(b_seeds).tolist()
+    if in_a != in_b:
+        raise UserError(
+            f"The two arms have seeds {in_a} and {in_b}; a contrast needs the same seeds in both, so leave out those "
+            "that only one of them has."
+        )
 
+    def between(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        return _of_samples(statistic, first) - _of_samples(statistic, second)
 
-def quotient(
-    a,
-    a_seeds,
-    b,
-    b_seeds,
-    statistic: Callable = np.mean,
-    matched_units: bool = False,
-    level: float = 0.95,
-    draws: int = 2000,
-    seed: int = 0,
-    method: str = "wider",
-    bounds: tuple[float, float] = (-math.inf, math.inf),
-) -> Estimate:
-    """`statistic(a) / statistic(b)` within each seed, averaged over seeds; arguments and errors as in `difference`."""
-    return _contrast(a, a_seeds, b, b_seeds, matched_units, statistic, np.divide, level, draws, seed, method, bounds)
+    if not matched_units:
+        units, others = _by_seed(a, a_seeds), _by_seed(b, b_seeds)
+        return _estimate({label: (units[label], others[label]) for label in units}, between, **options)
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if a.shape != b.shape or not np.array_equal(a_seeds, b_seeds):
+        raise UserError(
+            f"Matched units need both arms in one shape and one order of seeds; these are {a.shape} and {b.shape}."
+        )
+    width = 1 if a.ndim == 1 else a.shape[1]
+    together = np.concatenate([a.reshape(-1, width), b.reshape(-1, width)], axis=1)
+
+    def within(pairs: np.ndarray) -> np.ndarray:
+        first, second = pairs[..., :width], pairs[..., width:]
+        return between(first[..., 0], second[..., 0]) if a.ndim == 1 else between(first, second)
+
+    return _estimate({label: (pairs,) for label, pairs in _by_seed(together, a_seeds).items()}, within, **options)
 
 
 def pick(rows, **where):
@@ -313,21 +304,21 @@ def smallest(rows):
 
 
 def estimate_of(rows, columns, statistic: Callable = np.mean, **options) -> Estimate:
-    """`bootstrap` of a column, or of columns together, of a table that has a column `seed`; `options` are those of `bootstrap`."""
+    """`bootstrap` of a column, or of columns together, of a table that has a column `seed`, with its `options`."""
     return bootstrap(rows[columns], rows["seed"], statistic, **options)
 
 
 def difference_of(rows, others, columns, others_columns=None, statistic: Callable = np.mean, **options) -> Estimate:
-    """`difference` of two tables that have a column `seed`, in the same columns unless others are named for the second."""
+    """`difference` of two tables that have a column `seed`, in the same columns unless the second has others."""
     second = columns if others_columns is None else others_columns
     return difference(rows[columns], rows["seed"], others[second], others["seed"], statistic, **options)
 
 
 def largest_minus_smallest(rows, columns, statistic: Callable = np.mean, **options) -> Estimate:
-    """`difference_of` the rows of the largest model and those of the smallest; the table has columns `seed` and `size`."""
+    """`difference_of` the rows of the largest model and of the smallest; the table has columns `seed` and `size`."""
     return difference_of(largest(rows), smallest(rows), columns, statistic=statistic, **options)
 
 
 def difference_in_differences(rows, column: str = "change", **options) -> Estimate:
-    """`difference_of` the rows that are `treated` and the others: what a treatment changed beyond what changed anyway."""
+    """`difference_of` rows that are `treated` and the others: what a treatment changed beyond what changed anyway."""
     return difference_of(rows[rows["treated"]], rows[~rows["treated"]], column, **options)
