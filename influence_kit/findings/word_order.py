@@ -29,7 +29,7 @@ from influence_kit.corpora.worlds.words import as_table
 from influence_kit.errors import UserError
 from influence_kit.findings.families import END, Planned, planted_grid
 from influence_kit.findings.profiles import Profile
-from influence_kit.measures.agreement import rank_correlations
+from influence_kit.measures.correlations import rank_correlations
 from influence_kit.measures.intervals import Estimate, bootstrap, difference, estimate_of, pick, ratio_of_means
 from influence_kit.recipes import tuples
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from influence_kit.errors import UserError
+from influence_kit.measures.correlations import rank_correlations
 
 
 def lds(scores, members, outputs) -> np.ndarray:
@@ -27,23 +28,6 @@ def lds(scores, members, outputs) -> np.ndarray:
     if len(members) < 3:
         raise UserError(f"{len(members)} subsets are too few for a rank correlation; retrain on more.")
     return rank_correlations(scores @ members.T, outputs.T)
-
-
-def rank_correlations(a, b) -> np.ndarray:
-    """Spearman's correlation of each row of a with the same row of b, [Q]; nan where a row does not vary."""
-    from scipy.stats import rankdata
-
-    return correlations(*(rankdata(np.asarray(rows, float), axis=1) for rows in (a, b)))
-
-
-def correlations(a, b) -> np.ndarray:
-    """Pearson's correlation of each row of a [Q, K] with the same row of b, [Q]; nan where a row does not vary."""
-    a, b = (np.asarray(rows, float) for rows in (a, b))
-    if a.shape != b.shape or a.ndim != 2:
-        raise UserError(f"Rows of shapes {a.shape} and {b.shape} cannot be correlated; give two [Q, K].")
-    a, b = (rows - rows.mean(1, keepdims=True) for rows in (a, b))
-    size = np.sqrt((a**2).sum(1) * (b**2).sum(1))
-    return np.divide((a * b).sum(1), size, out=np.full(len(a), np.nan), where=size > 0)
 
 
 def slopes(truth, scores) -> np.ndarray:

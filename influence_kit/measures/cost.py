@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from influence_kit.errors import UserError
 from influence_kit.measures.lifts import top_members
 
 if TYPE_CHECKING:
@@ -54,19 +53,6 @@ def crossover(fixed: float, each: float, rival_fixed: float, rival_each: float) 
         return 1.0 if fixed + each < rival_fixed + rival_each and each == rival_each else math.inf
     exact = (fixed - rival_fixed) / (rival_each - each)
     return float(max(1, math.floor(exact) + 1))
-
-
-def agreement(scores, reference) -> np.ndarray:
-    """Pearson correlation of each query's scores with the reference's, [Q] of [Q, N]; nan where either is constant.
-
-    Raises UserError for shapes that differ.
-    """
-    a, b = np.asarray(scores, dtype=float), np.asarray(reference, dtype=float)
-    if a.shape != b.shape:
-        raise UserError(f"scores have shape {a.shape} and the reference {b.shape}: score the same queries and sequences")
-    a, b = (x - x.mean(1, keepdims=True) for x in (a, b))
-    size = np.sqrt((a * a).sum(1) * (b * b).sum(1))
-    return np.divide((a * b).sum(1), size, out=np.full(len(a), np.nan), where=size > 0)
 
 
 def top_shared(scores, reference, k: int = 10) -> np.ndarray:

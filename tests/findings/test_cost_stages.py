@@ -15,7 +15,7 @@ from influence_kit.findings.stages.batching import batching, numbers, projected,
 from influence_kit.findings.stages.cost import cost
 from influence_kit.findings.stages.influence import influence
 from influence_kit.findings.stages.train import train
-from influence_kit.measures.cost import agreement
+from influence_kit.measures.correlations import correlations
 from influence_kit.referees.curvature import GaussNewton
 
 COMMON = {"fraction": 1.0, "seed": 7, "device": "cpu", "damping": 0.1, "layers": "mlp"}
@@ -66,7 +66,7 @@ def test_random_projections_at_full_rank_change_nothing(parts):
     direct = score(model, factors, queries, sequences).values.numpy()
     found = projected(GaussNewton(model, factors, sequences), queries, [4, 17], seed=1)
     np.testing.assert_allclose(found[17], direct, rtol=1e-3, atol=1e-4 * np.abs(direct).max())
-    assert agreement(found[4], direct).max() < 0.999
+    assert correlations(found[4], direct).max() < 0.999
 
 
 def test_stored_numbers_are_those_that_lie_there(parts):

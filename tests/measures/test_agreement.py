@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from influence_kit.errors import UserError
-from influence_kit.measures.agreement import correlations, found_at, lds, own_effects, rank_correlations, slopes
+from influence_kit.measures.agreement import found_at, lds, own_effects, slopes
 
 RNG = np.random.default_rng(0)
 
@@ -29,15 +29,6 @@ def test_a_score_that_knows_nothing_is_near_zero_and_one_that_does_not_vary_has_
 def test_shapes_that_do_not_fit_are_refused(shapes, message):
     with pytest.raises(UserError, match=message):
         lds(*(np.ones(shape) for shape in shapes))
-
-
-def test_correlations_row_by_row():
-    a = np.array([[1.0, 2, 3], [1, 2, 3], [1, 1, 1]])
-    b = np.array([[2.0, 4, 9], [3, 2, 1], [1, 2, 3]])
-    assert correlations(a, b)[1] == pytest.approx(-1) and np.isnan(correlations(a, b)[2])
-    assert rank_correlations(a, b)[0] == pytest.approx(1) and correlations(a, b)[0] < 1
-    with pytest.raises(UserError, match="cannot be correlated"):
-        correlations(a, b[:, :2])
 
 
 def test_the_slope_says_what_a_score_must_be_multiplied_with():

@@ -4,9 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from influence_kit.errors import UserError
 from influence_kit.measures.cost import (
-    agreement,
     crossover,
     depth_needed,
     ekfac_work,
@@ -34,16 +32,6 @@ def test_crossover_is_where_total_work_crosses():
         assert total_work(fixed, each, n) < total_work(rival_fixed, rival_each, n)
         assert n == 1 or total_work(fixed, each, n - 1) >= total_work(rival_fixed, rival_each, n - 1)
     assert crossover(10, 2, 0, 1) == np.inf and crossover(1, 1, 0, 1) == np.inf and crossover(0, 1, 2, 1) == 1
-
-
-def test_agreement_is_pearson_s_and_knows_constants():
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(2, 3, 50))
-    np.testing.assert_allclose(agreement(a, b), [np.corrcoef(x, y)[0, 1] for x, y in zip(a, b)])
-    np.testing.assert_allclose(agreement(a, 3 * a - 2), 1)
-    assert np.isnan(agreement(np.ones((1, 4)), a[:1, :4])).all()
-    with pytest.raises(UserError, match="have shape"):
-        agreement(a, b[:2])
 
 
 def test_top_shared_counts_what_stays_on_top():

@@ -17,7 +17,8 @@ from influence_kit.corpora.world import World, batch_of
 from influence_kit.engine.factors import Factors
 from influence_kit.engine.fitting import fit_ekfac
 from influence_kit.engine.scans import score
-from influence_kit.measures.cost import agreement, top_shared
+from influence_kit.measures.correlations import correlations
+from influence_kit.measures.cost import top_shared
 from influence_kit.referees.curvature import GaussNewton
 
 SALT = 0xBA7C
@@ -58,7 +59,7 @@ def batching(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> 
     rows: list[dict] = []
 
     def keep(method: str, size: int, found: np.ndarray, whole: np.ndarray, stored: float) -> None:
-        same = {"agreement": agreement(found, whole), "top": top_shared(found, whole)}
+        same = {"agreement": correlations(found, whole), "top": top_shared(found, whole)}
         about = {"method": method, "setting": size, "share": size / width if method in ("rank", "random") else float("nan"), "stored": stored}
         rows.extend(
             {"query": int(q), "positions": int(p), **about, **{name: float(each[i]) for name, each in same.items()}}

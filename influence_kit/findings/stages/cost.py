@@ -20,7 +20,8 @@ from influence_kit.engine.factors import Factors
 from influence_kit.engine.fitting import fit_ekfac
 from influence_kit.engine.layers import is_linear_map, shape_of
 from influence_kit.errors import UserError
-from influence_kit.measures.cost import agreement, ekfac_work, lissa_work
+from influence_kit.measures.correlations import correlations
+from influence_kit.measures.cost import ekfac_work, lissa_work
 from influence_kit.referees.curvature import PRODUCT, GaussNewton, sampled_inverse, solve
 from influence_kit.referees.lissa import lissa, top_eigenvalue
 
@@ -79,7 +80,7 @@ def cost(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None
     rows, about = [], []
 
     def keep(method: str, batch: int, depth: int, x: torch.Tensor, work: float) -> None:
-        same = agreement(curvature.scores(x, scored).cpu().numpy(), reference)
+        same = correlations(curvature.scores(x, scored).cpu().numpy(), reference)
         residual, energy = (each.tolist() for each in curvature.quality(x, v))
         for i, query in enumerate(asked):
             alignment = (max(energy[i], 0) / energies[i]) ** 0.5
