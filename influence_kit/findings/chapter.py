@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from influence_kit.measures.claims import Claim
     from influence_kit.measures.intervals import Estimate
-    from influence_kit.reading.style import SavedFigure
+    from influence_kit.reading.saved import SavedFigure
 
 
 class Chapter:
@@ -91,9 +91,9 @@ class Chapter:
         """Keep a figure as PNG and SVG with the table behind it; as a cell's last value it shows itself."""
         from matplotlib import pyplot
 
-        from influence_kit.reading.style import save_figure
+        from influence_kit.reading.saved import save_figure
 
-        saved = save_figure(fig, self.folder, name, table, alt, self.provenance)
+        saved = save_figure(fig, self.folder, name, table=table, alt=alt, provenance=self.provenance)
         pyplot.close(fig)
         return saved
 

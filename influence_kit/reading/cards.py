@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from html import escape
-from pathlib import Path
 
 import numpy
 
 from influence_kit.errors import UserError
-from influence_kit.reading.style import NEGATIVE, POSITIVE, number, write_atomic
+from influence_kit.reading.style import NEGATIVE, POSITIVE, number
 
 ALIGNMENTS = {"updating": "token whose gradient updates the weights", "predicted": "token that is predicted there"}
 PADDING = {"<bos>", "<s>", "<pad>", "[PAD]", "<|padding|>", "<|endoftext|>", "</s>", "<eos>"}
@@ -221,15 +220,6 @@ def side_by_side(cards: Sequence[Card], width: int = 1120) -> Columns:
     magnitudes = [value for card in cards for value in card.magnitudes]
     scale = float(numpy.percentile(magnitudes, 99)) if magnitudes else None
     return Columns(tuple(replace(card, scale=scale, width=width // len(cards)) for card in cards))
-
-
-def write_card(card: Card | Columns, folder: str | Path, name: str) -> dict[str, str]:
-    """Write `name`.html and `name`.png; returns their paths by kind."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    page = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{escape(name)}</title>{card.html}</html>\n'
-    data = {"html": page.encode(), "png": card.png}
-    return {kind: str(write_atomic(folder / f"{name}.{kind}", content)) for kind, content in data.items()}
 
 
 def _facts(row: Row, overlap: int) -> str:

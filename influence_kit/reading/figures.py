@@ -1,7 +1,14 @@
 """Plots: tidy tables in, matplotlib figures out; nothing is computed that a table should hold, nothing is saved.
 
-Each raises UserError where its table lacks a column or has no rows. Columns low and high hold 95 % intervals.
+Columns low and high hold 95 % intervals. `title` is the finding's question or what the figure shows; `per_seed` holds
+the value of each seed in the same columns as the table, shown as small dots behind the means. Each function raises
+UserError where its table lacks a column or has no rows.
+
+Series with intervals are drawn with seaborn's objects interface, the matrix with its heat map. The panels of a tail are
+matplotlib's own: each holds a fit, its band and its own limits, which no mapping of columns to marks says shorter.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Mapping
@@ -13,103 +20,247 @@ from influence_kit.errors import UserError
 from influence_kit.reading import style as look
 from influence_kit.reading.axes import (
     blank,
-    colours_of,
+    cut_at_zero,
     draw_references,
     draw_series,
     keys_of,
-    label_panels,
+    label_axes,
     legend_below,
     name_of,
     need,
     size_axis,
     styled,
 )
-from influence_kit.reading.style import number, size_label
+from influence_kit.reading.style import colours_of, number, size_label
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-def ccdf_points(values, limit: int = 400) -> "pandas.DataFrame":
-    """Columns influence, ccdf (share of the positive `values` at least as large), at ≤ `limit` log-spaced ranks."""
-    import pandas
+@styled
+def estimate_points(
+    df: pandas.DataFrame,
+    x: str = "parameters",
+    *,
+    ylabel: str,
+    xlabel: str = "non-embedding parameters",
+    hue: str | None = None,
+    palette: str | None = None,
+    references: Mapping[str, float] | None = None,
+    sizes: bool = True,
+    log_x: bool = False,
+    log_y: bool = False,
+    lines: bool = True,
+    per_seed: pandas.DataFrame | None = None,
+    title: str = "",
+) -> Figure:
+    """Estimates with their intervals as bars, against model size or another number.
 
-    values = numpy.sort(numpy.asarray(values, dtype=float))
-    values = values[values > 0][::-1]
-    ranks = numpy.unique(numpy.geomspace(1, max(len(values), 1), limit).round().astype(int))[: len(values)]
-    return pandas.DataFrame({"influence": values[ranks - 1], "ccdf": ranks / max(len(values), 1)})
+    Args:
+        df: `x`, estimate, low, high and, where there are several series, `hue`.
+        x: Column of the horizontal place.
+        ylabel: What an estimate is, with its unit.
+        xlabel: What `x` is, with its unit.
+        hue: Column that names the series.
+        palette: As in `colours_of`.
+        references: Name -> height of a grey line.
+        sizes: A log axis ticked at the sizes, series beside each other at each; False: a plain axis.
+        log_x: The plain axis is logarithmic.
+        log_y: The vertical axis is logarithmic.
+        lines: Points of a series are joined.
+        per_seed: `x`, estimate and `hue`, a row a seed.
+        title: The finding's question.
+    """
+    need(df, x, "estimate", "low", "high", hue)
+    fig, ((ax,),) = blank(height=4.0, title=title)
+    series = keys_of(df, hue) if hue else ["estimate, 95 % interval"]
+    colours = colours_of(series, palette) if hue else {series[0]: look.INK}
+    # Intervals at one size stand beside each other, not on top of each other.
+    aside = {key: 1.06 ** (i - (len(series) - 1) / 2) if sizes else 1.0 for i, key in enumerate(series)}
+
+    def placed(rows: pandas.DataFrame) -> pandas.DataFrame:
+        named = rows.assign(_series=rows[hue] if hue else series[0])
+        return named.assign(_at=named[x].astype(float) * named["_series"].map(aside).astype(float))
+
+    table, cut = cut_at_zero(df, "estimate") if log_y else (df, df[:0])
+    seeds = None
+    if per_seed is not None:  # beside the bar, or it would hide them
+        seeds = placed(per_seed)
+        seeds["_at"] *= 0.985 if sizes else 1.0
+    draw_series(ax, placed(table), "_at", "estimate", hue="_series", colours=colours, joined=lines, per_seed=seeds)
+    draw_references(ax, references)
+    label_axes(ax, xlabel, ylabel, log_x=log_x, log_y=log_y)
+    if sizes:
+        size_axis(ax, df[x])
+    _go_on_below(ax, placed(cut), "_at", colours)
+    if hue or references:
+        legend_below(fig, ax)
+    return fig
+
+
+def _go_on_below(ax: Axes, cut: pandas.DataFrame, x: str, colours: Mapping) -> None:
+    """Arrow heads at the ends of intervals that a log axis cannot show whole."""
+    for row in cut.to_dict("records"):
+        ax.plot(row[x], row["low"], "v", color=colours[row["_series"]], markersize=4)
 
 
 @styled
-def ccdf_panels(df: "pandas.DataFrame", fits: "pandas.DataFrame", unit: str = "nats", columns: int = 3) -> "Figure":
-    """CCDF of positive influence, log-log, on one pair of axes' scales.
+def estimate_bars(
+    df: pandas.DataFrame,
+    *,
+    xlabel: str,
+    references: Mapping[str, float] | None = None,
+    log_x: bool = False,
+    hue: str | None = None,
+    palette: str | None = None,
+    per_seed: pandas.DataFrame | None = None,
+    title: str = "",
+) -> Figure:
+    """Forest plot, one line per row, top to bottom in the table's order, the number written at the right.
 
-    df: panel, influence, ccdf (see ccdf_points). fits, one row per panel: panel, xmin, alpha (density exponent; the
-    survival exponent is alpha - 1), alpha_low, alpha_high; optional: mu and sigma (lognormal), p_value (KS).
+    Args:
+        df: label, estimate, low, high and, where rows are coloured, `hue`.
+        xlabel: What an estimate is, with its unit.
+        references: Name -> place of an upright grey line.
+        log_x: The axis is logarithmic.
+        hue: Column that colours the rows.
+        palette: As in `colours_of`.
+        per_seed: estimate and all columns of `df` but low and high that tell its rows apart, a row a seed.
+        title: The finding's question.
     """
-    need(df, "panel", "influence", "ccdf")
-    need(fits, "panel", "xmin", "alpha", "alpha_low", "alpha_high")
-    panels = keys_of(df, "panel")
-    columns = min(columns, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    fig, axes = blank(rows, columns, 0.9 + 2.4 * rows, sharex=True, sharey=True)
-    erfc = numpy.vectorize(math.erfc)
-    for ax, panel in zip(axes.flat, panels, strict=False):
-        points = df[df["panel"] == panel].sort_values("influence")
-        x, ccdf = points["influence"].to_numpy(float), points["ccdf"].to_numpy(float)
-        ax.plot(x, ccdf, ".", color=look.INK, markersize=3, label="observed", alpha=0.7)
-        for fit in fits[fits["panel"] == panel].itertuples():
-            start = ccdf[numpy.searchsorted(x, fit.xmin).clip(max=len(x) - 1)]
-            grid = numpy.geomspace(fit.xmin, x[-1], 80)
-            power = [start * (grid / fit.xmin) ** (1 - a) for a in (fit.alpha, fit.alpha_high, fit.alpha_low)]
-            ax.fill_between(grid, power[1], power[2], color=look.LANGUAGES[0], alpha=0.2, linewidth=0)
-            ax.plot(grid, power[0], color=look.LANGUAGES[0], label="power law, 95 % band of the exponent")
-            if numpy.isfinite(getattr(fit, "sigma", math.nan)):
-                tail = erfc((numpy.log(grid) - fit.mu) / fit.sigma / 2**0.5)
-                ax.plot(grid, start * tail / tail[0], "--", color=look.LANGUAGES[1], label="lognormal, same tail")
-            ax.axvline(fit.xmin, color=look.FAINT, linewidth=0.8, linestyle=":")
-            ax.annotate(f"xmin {number(fit.xmin, 2)} ", (fit.xmin, 0.03), xycoords=("data", "axes fraction"),
-                        ha="right", fontsize=8, color=look.FAINT)  # fmt: skip
-            title = f"{name_of(panel)}\nα = {fit.alpha:.2f} [{fit.alpha_low:.2f}, {fit.alpha_high:.2f}]"
-            if numpy.isfinite(p := getattr(fit, "p_value", math.nan)):
-                title += ", KS p < 0.001" if p < 0.001 else f", KS p = {p:.2g}"
-            ax.set_title(title, fontsize=8.8)
-        ax.set(xscale="log", yscale="log")
-    # The few scores next to 0 would stretch the axis by decades and hide the tail.
-    axes[0, 0].set(xlim=(0.2 * df[df["ccdf"] < 0.95]["influence"].min(), 2 * df["influence"].max()))
-    axes[0, 0].set_ylim(0.6 * df["ccdf"].min(), 1.5)
-    label_panels(fig, axes, len(panels), f"influence ({unit})", "share of positive scores at least this large")
-    legend_below(fig, axes)
+    need(df, "label", "estimate", "low", "high", hue)
+    fig, ((ax,),) = blank(height=1.1 + 0.32 * len(df), title=title)
+    series = keys_of(df, hue) if hue else [""]
+    colours = colours_of(series, palette) if hue else {"": look.INK}
+    rows = df.assign(_place=numpy.arange(len(df), dtype=float), _series=df[hue] if hue else "")
+    seeds = None
+    if per_seed is not None:
+        need(per_seed, "estimate")
+        told = [c for c in df.columns if c in per_seed.columns and c not in ("estimate", "low", "high")]
+        seeds = per_seed.merge(rows[[*told, "_place", "_series"]], on=told)
+        seeds["_place"] += 0.22  # below the bar, or it would hide them
+    table, cut = cut_at_zero(rows, "estimate") if log_x else (rows, rows[:0])
+    draw_series(
+        ax, table, "estimate", "_place", hue="_series", colours=colours, joined=False, markers="o", per_seed=seeds,
+        orient="y",
+    )  # fmt: skip
+    for row in rows.to_dict("records"):
+        text = f"{number(row['estimate'])}  [{number(row['low'])}, {number(row['high'])}]"
+        ax.annotate(text, (1.02, row["_place"]), xycoords=("axes fraction", "data"), va="center", fontsize=8.5)
+    for row in cut.to_dict("records"):
+        ax.plot(row["low"], row["_place"], "<", color=colours[row["_series"]], markersize=4)
+    draw_references(ax, references, upright=True)
+    label_axes(ax, xlabel, "", log_x=log_x)
+    ax.set(yticks=range(len(df)), yticklabels=df["label"], ylim=(len(df) - 0.4, -0.6))
+    ax.grid(axis="y", visible=False)
+    if hue or references:
+        legend_below(fig, ax)
     return fig
 
 
 @styled
-def coverage_curve(df: "pandas.DataFrame", nulls: "pandas.DataFrame | None" = None) -> "Figure":
+def path_over_training(
+    df: pandas.DataFrame,
+    value: str,
+    *,
+    ylabel: str,
+    x: str = "tokens",
+    xlabel: str = "training tokens",
+    hue: str = "model",
+    split: str | None = None,
+    palette: str | None = None,
+    references: Mapping[str, float] | None = None,
+    log_x: bool = True,
+    log_y: bool = False,
+    per_seed: pandas.DataFrame | None = None,
+    title: str = "",
+) -> Figure:
+    """A quantity along training or another axis, one line a series; intervals as bands, as bars on a log axis.
+
+    Args:
+        df: `hue`, `x`, `value`; low and high where there are intervals; `split`.
+        value: Column of the quantity.
+        ylabel: What it is, with its unit.
+        x: Column of the horizontal place.
+        xlabel: What `x` is, with its unit.
+        hue: Column that names the series: parameter counts, light to dark, or names.
+        split: Column that is told by the style of line.
+        palette: As in `colours_of`.
+        references: Name -> height of a grey line.
+        log_x: The horizontal axis is logarithmic.
+        log_y: The vertical axis is logarithmic.
+        per_seed: The same columns without low and high, a row a seed.
+        title: The finding's question.
+
+    Raises:
+        UserError: a log axis and a place or a value that is not above 0.
+    """
+    need(df, hue, x, value, split)
+    if log_x and df[x].min() <= 0:
+        raise UserError(f"a log axis needs places above 0, but the smallest {x} is {df[x].min():g}: pass log_x=False")
+    fig, ((ax,),) = blank(height=3.9, title=title)
+    colours = colours_of(keys_of(df, hue), palette)
+    splits = dict(zip(keys_of(df, split), look.LINES)) if split else {}
+    table, cut = cut_at_zero(df, value) if log_y else (df, df[:0])
+    few = table.groupby([hue, *([split] if split else [])]).size().max() <= 12
+    draw_series(
+        ax, table, x, value, hue=hue, colours=colours, split=split, lines=splits, markers=look.MARKERS if few else ("",), band=not log_y,
+        per_seed=per_seed,
+    )  # fmt: skip
+    for name, line in splits.items():
+        ax.plot([], [], line, color=look.FAINT, label=str(name))
+    draw_references(ax, references, skip=max(0, len(splits) - 1))
+    label_axes(ax, xlabel, ylabel, log_x=log_x, log_y=log_y)
+    _go_on_below(ax, cut.assign(_series=cut[hue]), x, colours)
+    ax.xaxis.set_major_formatter(lambda place, _: size_label(place))
+    legend_below(fig, ax, columns=8)
+    return fig
+
+
+@styled
+def coverage_curve(df: pandas.DataFrame, nulls: pandas.DataFrame | None = None, *, title: str = "") -> Figure:
     """Share of positive influence held by the strongest share of sequences.
 
-    df: group, share_of_sequences, share_of_influence (0 to 1), low, high; kind 'trained' (default; coloured by size),
-    or another word such as 'untrained' or 'shuffled' (dashed). nulls: null, and the same columns (grey).
+    Args:
+        df: group, share_of_sequences, share_of_influence (0 to 1), low, high; kind "trained" (the default; coloured by
+            size), or another word such as "untrained" or "shuffled" (dashed).
+        nulls: null, and the same columns (grey).
+        title: The finding's question.
     """
-    needed = "share_of_sequences", "share_of_influence", "low", "high"
-    need(df, "group", *needed)
-    fig, ((ax,),) = blank(height=4.4)
+    import pandas
+
+    shares = ["share_of_sequences", "share_of_influence", "low", "high"]
+    need(df, "group", *shares)
+    fig, ((ax,),) = blank(height=4.4, title=title)
     df = df if "kind" in df.columns else df.assign(kind="trained")
     trained = keys_of(df[df["kind"] == "trained"], "group")
-    colours = colours_of(trained, "sizes")
-    controls = [key for key in keys_of(df, "group") if key not in colours]
-    colours |= dict(zip(controls, ("#cc79a7", "#e69f00", "#7f5539", "#56b4e9"), strict=False))
-    curves = [(df[df["group"] == key], colours[key], name_of(key), "-" if key in trained else "--") for key in colours]
+    controls = [key for key in keys_of(df, "group") if key not in trained]
+    colours = colours_of(trained, "sizes") | dict(zip(controls, look.POOLS["methods"][1:]))
+    lines = dict.fromkeys(trained, "-") | dict.fromkeys(controls, "--")
     if nulls is not None:
-        need(nulls, "null", *needed)
-        greys = colours_of(keys_of(nulls, "null"), "nulls")
-        lines = dict(zip(greys, (":", "-."), strict=False))
-        curves += [(nulls[nulls["null"] == k], greys[k], f"{k} null", lines.get(k, ":")) for k in greys]
-    for part, colour, label, line in curves:
-        part = part.assign(**{c: 100 * part[c] for c in needed})
-        draw_series(ax, part, "share_of_sequences", "share_of_influence", colour, label, line=line)
-    ax.set(xscale="log", xlim=(100 * df["share_of_sequences"].min(), 100), ylim=(0, 102))
-    ax.set(xlabel="strongest sequences (share of all)", ylabel="share of positive influence")
+        need(nulls, "null", *shares)
+        grey = nulls.assign(group=nulls["null"] + " null")
+        names = keys_of(grey, "group")
+        colours |= colours_of(names, "nulls")
+        lines |= dict(zip(names, (":", "-.", ":")))
+        df = pandas.concat([df, grey])
+    curves = df.assign(**{share: 100 * df[share] for share in shares})
+    draw_series(
+        ax,
+        curves,
+        shares[0],
+        shares[1],
+        hue="group",
+        colours=colours,
+        split="group",
+        lines=lines,
+        markers=("",),
+        band=True,
+    )
+    label_axes(ax, "strongest sequences (share of all)", "share of positive influence", log_x=True)
+    ax.set(xlim=(curves[shares[0]].min(), 100), ylim=(0, 102))
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:g} %")
     ax.axvline(1, color=look.FAINT, linewidth=0.8)
@@ -119,224 +270,132 @@ def coverage_curve(df: "pandas.DataFrame", nulls: "pandas.DataFrame | None" = No
 
 
 @styled
-def estimate_points(
-    df: "pandas.DataFrame",
-    x: str = "parameters",
-    y: str = "estimate",
-    low: str = "low",
-    high: str = "high",
-    hue: str | None = None,
-    *,
-    xlabel: str = "non-embedding parameters",
-    ylabel: str,
-    references: Mapping[str, float] | None = None,
-    palette: str = "languages",
-    sizes: bool = True,
-    log_y: bool = False,
-    lines: bool = True,
-) -> "Figure":
-    """Estimates with 95 % intervals against model size (log axis ticked at the sizes; `sizes=False`: a plain x axis).
+def language_matrix(df: pandas.DataFrame, *, unit: str, neutral: float, title: str = "") -> Figure:
+    """Heat map, language of the query by language of the sequence, the number and its interval in each cell.
 
-    df: `x`, `y`, `low`, `high` and, where there are several series, `hue`. references: label -> height.
+    Args:
+        df: query_language, sequence_language, value; low, high.
+        unit: What a value is.
+        neutral: The value without effect: the scale is symmetric about it, blue below, vermillion above.
+        title: The finding's question.
     """
-    need(df, x, y, low, high, *([hue] if hue else []))
-    df = df.rename(columns={low: "low", high: "high"})
-    fig, ((ax,),) = blank(height=4.0)
-    keys = keys_of(df, hue) if hue else [None]
-    colours = colours_of(keys, palette) if hue else {None: look.INK}
-    for i, (key, colour) in enumerate(colours.items()):
-        # Intervals at one size stand beside each other, not on top of each other.
-        dodge = 1.06 ** (i - (len(keys) - 1) / 2) if sizes else 1.0
-        part = df[df[hue] == key] if hue else df
-        draw_series(ax, part, x, y, colour, name_of(key) if hue else "estimate, 95 % interval", band=False,
-                    line="-" if lines else "", marker=look.MARKERS[i % len(look.MARKERS)], dodge=dodge)  # fmt: skip
-    draw_references(ax, references)
-    if sizes:
-        size_axis(ax, df[x])
-    if log_y:
-        ax.set_yscale("log")
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    if hue or references:
-        legend_below(fig, ax)
-    return fig
+    import seaborn
+    from matplotlib.colors import LinearSegmentedColormap
 
-
-@styled
-def estimate_bars(
-    df: "pandas.DataFrame",
-    *,
-    xlabel: str,
-    reference: Mapping[str, float] | None = None,
-    log_x: bool = False,
-    hue: str | None = None,
-) -> "Figure":
-    """Forest plot, one line per row, top to bottom in the table's order, the number written at the right.
-
-    df: label, estimate, low, high; `hue`: a column that colours the rows. reference: label -> place of a vertical line.
-    """
-    need(df, "label", "estimate", "low", "high", *([hue] if hue else []))
-    fig, ((ax,),) = blank(height=1.1 + 0.32 * len(df))
-    colours = colours_of(keys_of(df, hue), "languages") if hue else {}
-    for place, row in enumerate(df.to_dict("records")):
-        colour = colours[row[hue]] if hue else look.INK
-        ax.hlines(place, row["low"], row["high"], color=colour, linewidth=2)
-        ax.plot(row["estimate"], place, "o", color=colour, label=name_of(row[hue]) if hue else "_")
-        text = f"{number(row['estimate'])}  [{number(row['low'])}, {number(row['high'])}]"
-        ax.annotate(text, (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=8.5)
-    for label, at in (reference or {}).items():
-        ax.axvline(at, color=look.FAINT, linestyle="--", linewidth=1.1, label=label)
-    ax.set(yticks=range(len(df)), yticklabels=df["label"], ylim=(len(df) - 0.4, -0.6), xlabel=xlabel)
-    ax.grid(axis="y", visible=False)
-    if log_x:
-        ax.set_xscale("log")
-    if hue or reference:
-        legend_below(fig, ax)
-    return fig
-
-
-@styled
-def path_over_training(
-    df: "pandas.DataFrame",
-    value: str,
-    *,
-    ylabel: str,
-    x: str = "tokens",
-    xlabel: str = "training tokens",
-    group: str = "model",
-    split: str | None = None,
-    references: Mapping[str, float] | None = None,
-    log_x: bool = True,
-) -> "Figure":
-    """A quantity along checkpoints, one line per model, 95 % band where the table has low and high.
-
-    df: `group` (parameter counts or names, light to dark), `x`, `value`; low, high; `split`: shown by line style.
-    """
-    need(df, group, x, value, *([split] if split else []))
-    fig, ((ax,),) = blank(height=3.9)
-    splits = keys_of(df, split) if split else [None]
-    for i, (key, colour) in enumerate(colours_of(keys_of(df, group), "sizes").items()):
-        label = name_of(key)  # said once, by the first line that there is
-        for part, line in zip(splits, ("-", "--", ":", "-."), strict=False):
-            rows = df[(df[group] == key) & ((df[split] == part) if split else True)]
-            marker = look.MARKERS[i % len(look.MARKERS)] if len(rows) <= 12 else ""
-            if len(rows):
-                draw_series(ax, rows, x, value, colour, label, line=line, marker=marker)
-                label = "_"
-    for part, line in zip(splits if split else [], ("-", "--", ":", "-."), strict=False):
-        ax.plot([], [], line, color=look.FAINT, label=str(part))
-    draw_references(ax, references, skip=len(splits) - 1)
-    if log_x:
-        ax.set_xscale("log" if (df[x] > 0).all() else "symlog")
-    ax.xaxis.set_major_formatter(lambda tokens, _: size_label(tokens))
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    legend_below(fig, ax, columns=8)
-    return fig
-
-
-def loss_curves(df: "pandas.DataFrame", references: Mapping[str, float] | None = None) -> "Figure":
-    """Losses in training. df: model, tokens, split ('train', 'held-out'), loss (nats per token); low, high."""
-    return path_over_training(df, "loss", ylabel="loss (nats per token)", split="split", references=references)
-
-
-@styled
-def language_matrix(
-    df: "pandas.DataFrame", *, unit: str, neutral: float | None = None, log: bool = False, panel: str | None = None
-) -> "Figure":
-    """Heat map, language of the query by language of the sequence, the number (and interval) in each cell.
-
-    df: query_language, sequence_language, value; low, high; `panel`: a column of small multiples (one scale for all).
-    neutral: the value without effect (1 for a lift): the scale is symmetric about it, blue below, vermillion above.
-    """
-    from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
-
-    need(df, "query_language", "sequence_language", "value", *([panel] if panel else []))
-    panels = keys_of(df, panel) if panel else [None]
+    need(df, "query_language", "sequence_language", "value")
+    ends = ["low", "high"] if {"low", "high"} <= set(df.columns) else []
     queries, sequences = keys_of(df, "query_language"), keys_of(df, "sequence_language")
-    values = df["value"].to_numpy(float)
-    if log and (values <= 0).any():
-        raise UserError(f"a log scale needs values above 0, but the smallest is {values.min()}: pass log=False")
-    if neutral is None:
-        colours, norm = ["#ffffff", "#7fbfb3"], (LogNorm if log else Normalize)(values.min(), values.max())
-    else:
-        colours = ["#66aad1", "#ffffff", "#e69e66"]  # the two colours at alpha .6, so that black numbers stay legible
-        if log:
-            reach = numpy.exp(numpy.abs(numpy.log(values / neutral)).max()) * 1.001
-            norm = LogNorm(neutral / reach, neutral * reach)
-        else:
-            reach = numpy.abs(values - neutral).max() or 1.0
-            norm = Normalize(neutral - reach, neutral + reach)
-    fig, axes = blank(1, len(panels), 1.2 + 0.55 * len(queries), sharey=True)
-    mesh = None
-    for ax, key in zip(axes.flat, panels, strict=True):
-        grid = numpy.full((len(queries), len(sequences)), numpy.nan)
-        for row in (df[df[panel] == key] if panel else df).to_dict("records"):
-            i, j = queries.index(row["query_language"]), sequences.index(row["sequence_language"])
-            grid[i, j] = row["value"]
-            ax.text(j, i - (0.12 if "low" in row else 0), number(row["value"]), ha="center", va="center", fontsize=9)
-            if "low" in row:
-                interval = f"[{number(row['low'], 2)}, {number(row['high'], 2)}]"
-                ax.text(j, i + 0.22, interval, ha="center", va="center", fontsize=6.8)
-        cmap = LinearSegmentedColormap.from_list("matrix", colours)
-        corners = numpy.arange(len(sequences) + 1) - 0.5, numpy.arange(len(queries) + 1) - 0.5
-        mesh = ax.pcolormesh(*corners, grid, norm=norm, cmap=cmap, edgecolors="white", linewidth=1.5)
-        ax.set(xticks=range(len(sequences)), xticklabels=sequences, yticks=range(len(queries)), yticklabels=queries)
-        ax.grid(visible=False)
-        ax.tick_params(length=0)
-        ax.spines[:].set_visible(False)
-        ax.set_title(name_of(key) if panel else "")
-    axes[0, 0].invert_yaxis()
-    fig.supxlabel("language of the training sequence", fontsize=9.5)
-    axes[0, 0].set_ylabel("language of the query")
-    ticks = (numpy.geomspace if log else numpy.linspace)(norm.vmin, norm.vmax, 5)  # type: ignore[arg-type]
-    fig.colorbar(mesh, ax=axes, label=unit, ticks=ticks, format=lambda value, _: number(value, 2)).minorticks_off()
+    cells = df.set_index(["query_language", "sequence_language"])
+    grids = {c: cells[c].unstack().reindex(index=queries, columns=sequences) for c in ["value", *ends]}
+    words = grids["value"].map(number)
+    if ends:
+        interval = (
+            "\n[" + grids["low"].map(lambda v: number(v, 2)) + ", " + grids["high"].map(lambda v: number(v, 2)) + "]"
+        )
+        words = words + interval
+    reach = (grids["value"] - neutral).abs().max().max() or 1.0
+    fig, ((ax,),) = blank(height=1.2 + 0.55 * len(queries), title=title)
+    # The two colours of the sign at alpha .6, so that black numbers stay legible.
+    colours = LinearSegmentedColormap.from_list("matrix", ["#66aad1", "#ffffff", "#e69e66"])
+    seaborn.heatmap(
+        grids["value"], ax=ax, annot=words, fmt="", annot_kws={"fontsize": 8.2, "color": look.INK}, cmap=colours,
+        vmin=neutral - reach, vmax=neutral + reach, linewidths=1.5, cbar_kws={"label": unit, "format": "%.2g"},
+    )  # fmt: skip
+    ax.set(xlabel="language of the training sequence", ylabel="language of the query")
+    ax.tick_params(length=0, rotation=0)
+    ax.grid(visible=False)
     return fig
 
 
-@styled
-def score_histogram(df: "pandas.DataFrame", panel: str | None = None, unit: str = "nats", bins: int = 60) -> "Figure":
-    """Scores of both signs on one symmetric axis (asinh: linear around 0, logarithmic beyond), counts logarithmic.
+def ccdf_points(values, limit: int = 400) -> pandas.DataFrame:
+    """What `ccdf_panels` draws of one query's influences.
 
-    df: influence; `panel`: a column of small multiples.
+    Args:
+        values: Influence of each sequence [N].
+        limit: The most points kept, at ranks spaced evenly in their logarithm.
+
+    Returns:
+        Columns influence and ccdf, the share of the positive `values` at least as large.
     """
-    need(df, "influence", *([panel] if panel else []))
-    panels = keys_of(df, panel) if panel else [None]
-    size = df["influence"].abs()
-    if not (reach := float(size.max())) > 0:
-        raise UserError("all scores in the histogram are 0: look at the query's gradient, which must have vanished")
-    linear = float(size[size > 0].median())
-    edges = linear * numpy.sinh(numpy.linspace(-1, 1, bins + 1) * math.asinh(reach / linear))
+    import pandas
+
+    values = numpy.sort(numpy.asarray(values, dtype=float))
+    values = values[values > 0][::-1]
+    ranks = numpy.unique(numpy.geomspace(1, max(len(values), 1), limit).round().astype(int))[: len(values)]
+    return pandas.DataFrame({"influence": values[ranks - 1], "ccdf": ranks / max(len(values), 1)})
+
+
+@styled
+def ccdf_panels(df: pandas.DataFrame, fits: pandas.DataFrame, *, title: str = "") -> Figure:
+    """CCDF of positive influence (nats), log-log, on one pair of axes' scales, with the fitted power law.
+
+    Args:
+        df: panel, influence, ccdf (see `ccdf_points`).
+        fits: A row a panel: panel, xmin, alpha (density exponent; the survival exponent is alpha - 1), alpha_low,
+            alpha_high; optional: mu and sigma (lognormal), p_value (KS).
+        title: The finding's question.
+    """
+    need(df, "panel", "influence", "ccdf")
+    need(fits, "panel", "xmin", "alpha", "alpha_low", "alpha_high")
+    panels = keys_of(df, "panel")
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    fig, axes = blank(rows, columns, 0.8 + 2.3 * rows, sharex=True, sharey=True)
-    ticks: list[float] = []
-    gap = 0.16 * columns * math.asinh(reach / linear)
-    for power in range(math.floor(math.log10(reach)), math.floor(math.log10(linear)) - 1, -1):
-        place = math.asinh(10.0**power / linear)
-        if place > gap and (not ticks or math.asinh(ticks[-1] / linear) - place > gap):
-            ticks.append(10.0**power)
-    for ax, key in zip(axes.flat, panels, strict=False):
-        values = (df[df[panel] == key] if panel else df)["influence"]
-        for half, colour in ((values[values < 0], look.NEGATIVE), (values[values >= 0], look.POSITIVE)):
-            label = f"{'lowers' if colour == look.NEGATIVE else 'raises'} the completion's log probability"
-            ax.hist(half, edges, color=colour, alpha=0.6, label=label)
-        ax.set_xscale("asinh", linear_width=linear)
-        ax.set(yscale="log", xlim=(-reach * 1.05, reach * 1.05), xticks=[-t for t in ticks] + [0] + ticks)
-        ax.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-") if value else "0")
-        ax.minorticks_off()
-        ax.set_title(name_of(key) if panel else "")
-    label_panels(fig, axes, len(panels), f"influence ({unit})", "sequences")
+    fig, axes = blank(rows, columns, height=0.9 + 2.4 * rows, title=title, sharex=True, sharey=True)
+    for ax, panel in zip(axes.flat, panels, strict=False):
+        points = df[df["panel"] == panel].sort_values("influence")
+        x, ccdf = points["influence"].to_numpy(float), points["ccdf"].to_numpy(float)
+        ax.plot(x, ccdf, ".", color=look.INK, markersize=3, label="observed", alpha=0.7)
+        for fit in fits[fits["panel"] == panel].itertuples():
+            _draw_fit(ax, fit, x, ccdf)
+        ax.set(xscale="log", yscale="log")
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
+    for ax in axes.flat[max(0, len(panels) - columns) : len(panels)]:
+        ax.set_xlabel("influence (nats)")
+        ax.xaxis.set_tick_params(labelbottom=True)
+    # The few scores next to 0 would stretch the axis by decades and hide the tail.
+    axes[0, 0].set(xlim=(0.2 * df[df["ccdf"] < 0.95]["influence"].min(), 2 * df["influence"].max()))
+    axes[0, 0].set_ylim(0.6 * df["ccdf"].min(), 1.5)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("share of positive scores\nat least this large")
     legend_below(fig, axes)
     return fig
 
 
+def _draw_fit(ax: Axes, fit, x: numpy.ndarray, ccdf: numpy.ndarray) -> None:
+    """The power law of one panel with the band of its exponent, the lognormal of the same tail, where the tail starts."""
+    power_colour, lognormal_colour = look.POOLS["methods"][:2]
+    start = ccdf[numpy.searchsorted(x, fit.xmin).clip(max=len(x) - 1)]
+    grid = numpy.geomspace(fit.xmin, x[-1], 80)
+    power = [start * (grid / fit.xmin) ** (1 - a) for a in (fit.alpha, fit.alpha_high, fit.alpha_low)]
+    ax.fill_between(grid, power[1], power[2], color=power_colour, alpha=0.2, linewidth=0)
+    ax.plot(grid, power[0], color=power_colour, label="power law, 95 % band of the exponent")
+    if numpy.isfinite(getattr(fit, "sigma", math.nan)):
+        tail = numpy.array([math.erfc(z / 2**0.5) for z in (numpy.log(grid) - fit.mu) / fit.sigma])
+        ax.plot(grid, start * tail / tail[0], "--", color=lognormal_colour, label="lognormal, same tail")
+    ax.axvline(fit.xmin, color=look.FAINT, linewidth=0.8, linestyle=":")
+    place = {"xycoords": ("data", "axes fraction"), "ha": "right", "fontsize": 8, "color": look.FAINT}
+    ax.annotate(f"xmin {number(fit.xmin, 2)} ", (fit.xmin, 0.03), **place)
+    title = f"{name_of(fit.panel)}\nα = {fit.alpha:.2f} [{fit.alpha_low:.2f}, {fit.alpha_high:.2f}]"
+    if numpy.isfinite(p := getattr(fit, "p_value", math.nan)):
+        title += ", KS p < 0.001" if p < 0.001 else f", KS p = {p:.2g}"
+    ax.set_title(title, fontsize=8.8)
+
+
 def describe(
-    df: "pandas.DataFrame", value: str, *, what: str, by: str | None = None, x: str | None = None, unit: str = ""
+    df: pandas.DataFrame, value: str, *, what: str, by: str | None = None, x: str | None = None, unit: str = ""
 ) -> str:
     """Alt text from the data: what is shown, and for each group its range, its extremes and the trend over `x`.
 
-    Columns low and high, where there are any, give the interval of the largest and smallest value.
+    Args:
+        df: What is drawn; low and high, where there are any, are the interval of the largest and smallest value.
+        value: Column of what is shown.
+        what: What is shown, in words.
+        by: Column that names the groups.
+        x: Column of the horizontal place.
+        unit: Unit of the values.
     """
-    need(df, value, *[column for column in (by, x) if column])
+    need(df, value, by, x)
     unit = f" {unit}" if unit else ""
 
     def at(row) -> str:

@@ -1,31 +1,35 @@
-"""One look for every figure, and one way to write it: stable bytes, with its table, alt text and provenance."""
+"""One look for every figure: the style they are drawn in, one palette a meaning, and how numbers are written."""
 
-import base64
+from __future__ import annotations
+
 import contextlib
-import io
-import json
 import logging
-import os
 import re
 import warnings
-from dataclasses import dataclass
-from html import escape
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
 
-from influence_kit.errors import UserError
 from influence_kit.reading import fonts
 
-if TYPE_CHECKING:
-    import pandas
-    from matplotlib.figure import Figure
-
-POSITIVE, NEGATIVE = "#d55e00", "#0072b2"
-LANGUAGES = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1a1a1a", "#7f5539")  # Okabe-Ito, less the two of the sign
-NULLS = ("#6e6e6e", "#a3a3a3", "#c9c9c9")
-MARKERS = "os^Dv<P"
+POSITIVE, NEGATIVE = "#d55e00", "#0072b2"  # the sign of a score, and nothing else
 INK, FAINT = "#1a1a1a", "#767676"
+MARKERS = "os^Dv<P"
+LINES = ("-", "--", ":", "-.")
 WIDTH = 8.0  # inches: a notebook's column
+
+# One palette a meaning, each told from the others at a glance: Okabe and Ito's less the two of the sign; Paul Tol's
+# "muted"; his "medium contrast". What a meaning's table names keeps its colour in every chapter, the rest follows in
+# the order of the pool.
+POOLS = {
+    "methods": ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1a1a1a", "#7f5539"),
+    "worlds": ("#882255", "#999933", "#332288", "#44aa99", "#cc6677", "#88ccee"),
+    "languages": ("#004488", "#997700", "#994455", "#6699cc", "#ee99aa", "#eecc66"),
+    "nulls": ("#6e6e6e", "#a3a3a3", "#c9c9c9"),
+}
+KNOWN = {
+    "methods": {"EK-FAC": "#009e73", "influence": "#009e73", "gradient dot": "#cc79a7", "BM25": "#56b4e9"},
+    "worlds": dict(zip(("Atlas", "Ladder", "Cast", "real text", "spoken lines"), POOLS["worlds"])),
+    "languages": dict(zip(("English", "German", "Turkish", "Korean", "Chinese"), POOLS["languages"])),
+}
 
 STYLE = {
     "font.family": [fonts.BASE], "font.size": 9.5, "axes.titlesize": 10, "axes.labelsize": 9.5, "legend.fontsize": 8.5,
@@ -39,7 +43,7 @@ STYLE = {
 
 
 @contextlib.contextmanager
-def style():
+def style() -> Iterator[None]:
     """Context in which figures are drawn and written; starts from matplotlib's defaults: no user setting leaks in."""
     import matplotlib.style
 
@@ -47,6 +51,7 @@ def style():
     level = finder.level
     with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # fonts.fallbacks says it once, with the remedy
+        warnings.filterwarnings("ignore", message="The copy keyword is deprecated")  # seaborn 0.13.2 with pandas 3
         finder.setLevel(logging.ERROR)  # fallback fonts seldom have a bold face, and the regular one serves
         try:
             yield
@@ -62,6 +67,30 @@ def size_colours(count: int) -> list[str]:
     return [to_hex(ramp(i / max(count - 1, 1))) for i in range(count)]
 
 
+def colours_of(keys: Sequence, palette: str | None = None) -> dict:
+    """A colour for each series.
+
+    Args:
+        keys: Names of the series, in the order in which they are shown.
+        palette: "sizes" or one of `POOLS`. None: told from the keys ("595k weights" are sizes, "Atlas" is a world);
+            keys that say nothing of themselves take the colours of methods.
+
+    Returns:
+        Colour by key. Colours come again where there are more series than a pool holds, told apart by markers.
+    """
+    if palette is None:
+        sizes = all(re.fullmatch(r"[\d.,]+[kMB]?( weights)?", str(key)) for key in keys)
+        known = (meaning for meaning, named in KNOWN.items() if set(keys) & set(named))
+        palette = "sizes" if sizes else next(known, "methods")
+    if palette == "sizes":
+        return dict(zip(keys, size_colours(len(keys))))
+    fixed = {key: KNOWN[palette][key] for key in keys if key in KNOWN.get(palette, {})}
+    free = [colour for colour in POOLS[palette] if colour not in fixed.values()] or POOLS[palette]
+    others = [key for key in keys if key not in fixed]
+    found = fixed | {key: free[i % len(free)] for i, key in enumerate(others)}
+    return {key: found[key] for key in keys}
+
+
 def number(value: float, digits: int = 3, sign: bool = False) -> str:
     """Significant digits, never decimals: 1e-5 does not become 0."""
     return f"{value:{'+' if sign else ''}.{digits}g}".replace("e-0", "e-").replace("e+0", "e")
@@ -73,81 +102,3 @@ def size_label(parameters: float) -> str:
         if parameters >= unit:
             return f"{parameters / unit:.{1 if parameters < 10 * unit else 0}f}".removesuffix(".0") + letter
     return f"{parameters:g}"
-
-
-def write_atomic(path: Path, data: bytes) -> Path:
-    """Write beside and rename: a reader, or a run that was killed, never meets half a file."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    return path
-
-
-@dataclass(frozen=True, repr=False)
-class SavedFigure:
-    """A figure's files and its alt text; as a cell's last value it shows the PNG with that text.
-
-    Only image/png is offered: notebook viewers that strip styles show it, and nbconvert reads `alt` from the metadata.
-    """
-
-    name: str
-    alt: str
-    png: str
-    svg: str
-    parquet: str
-    csv: str
-
-    def __repr__(self) -> str:
-        return self.alt  # what an executed notebook keeps as text: no path of the machine that made it
-
-    def _repr_mimebundle_(self, include=None, exclude=None):
-        from matplotlib.image import imread
-
-        data = Path(self.png).read_bytes()
-        width = round(imread(io.BytesIO(data)).shape[1] * STYLE["figure.dpi"] / STYLE["savefig.dpi"])
-        bundle = {"image/png": base64.b64encode(data).decode(), "text/plain": self.alt}
-        return bundle, {"image/png": {"alt": self.alt, "width": width}}
-
-
-def save_figure(
-    fig: "Figure", folder: str | Path, name: str, table: "pandas.DataFrame", alt: str, provenance: dict
-) -> SavedFigure:
-    """Write `name`.png, .svg, .parquet and .csv: the same inputs give the same bytes on one machine.
-
-    `table` is what was drawn; the CSV keeps 9 significant digits, the parquet all. `provenance` (JSON-able, without
-    clock or path) goes into each but the CSV. Raises UserError for an empty table or alt text, or a name with a path.
-    """
-    import pyarrow
-    import pyarrow.parquet
-
-    if table.empty or not alt.strip():
-        raise UserError(f"figure {name!r} has {len(table)} table rows and alt text {alt!r}: give both (see describe)")
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise UserError(f"figure name {name!r} is not a plain file name: use letters, digits, '-', '_' and '.'")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    origin = json.dumps(provenance, sort_keys=True, ensure_ascii=False)
-    png, svg, parquet = io.BytesIO(), io.BytesIO(), io.BytesIO()
-    with style():
-        for text in fig.findobj(match=lambda artist: hasattr(artist, "set_fontfamily")):
-            if len(needed := fonts.families(text.get_text())) > 1:  # type: ignore[attr-defined]
-                text.set_fontfamily(needed)  # type: ignore[attr-defined]
-        fig.savefig(png, format="png", metadata={"Software": None, "Description": alt, "Provenance": origin})
-        kept = {"Date": None, "Creator": "influence_kit", "Title": name, "Description": alt, "Source": origin}
-        fig.savefig(svg, format="svg", metadata=kept)
-    drawing = re.sub(  # screen readers read <desc>, not the RDF block that matplotlib writes
-        r"(<svg\b)([^>]*>)", lambda m: f'{m[1]} role="img"{m[2]}\n <desc>{escape(alt)}</desc>',
-        svg.getvalue().decode(), count=1,
-    )  # fmt: skip
-    # Model sizes beside names of controls in one column: an Arrow column has one type.
-    mixed = [c for c in table.columns if table[c].dtype == object and table[c].map(type).nunique() > 1]
-    table = table.astype(dict.fromkeys(mixed, str))
-    columns = pyarrow.Table.from_pandas(table, preserve_index=False)
-    pyarrow.parquet.write_table(columns.replace_schema_metadata({"influence_kit": origin}), parquet)
-    text = table.to_csv(index=False, float_format="%.9g", lineterminator="\n")
-    data = {"png": png.getvalue(), "svg": drawing.encode(), "parquet": parquet.getvalue(), "csv": text.encode()}
-    files = {kind: str(write_atomic(folder / f"{name}.{kind}", content)) for kind, content in data.items()}
-    return SavedFigure(name=name, alt=alt, **files)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from influence_kit.errors import UserError
-from influence_kit.reading.cards import Row, crop, direction, query_card, side_by_side, spans, visible, write_card
+from influence_kit.reading.cards import Row, crop, direction, query_card, side_by_side, spans, visible
 from influence_kit.reading.fonts import BASE
 from influence_kit.reading.paint import _flow
 from influence_kit.reading.style import NEGATIVE, POSITIVE
@@ -149,12 +149,10 @@ def test_leftward_text_is_set_and_shaded_from_the_right():
     assert first[1] == pytest.approx(410) and second[1] == pytest.approx(first[0]) and second[0] < first[0]
 
 
-def test_notebook_bundle_and_files(tmp_path):
+def test_notebook_bundle():
     shown = card()
     data, metadata = shown._repr_mimebundle_()
     assert base64.b64decode(data["image/png"]) == shown.png and metadata["image/png"]["alt"] == shown.alt
     assert (
         data["text/html"].startswith('<img style="display:none" alt="Token card.') and shown.html in data["text/html"]
     )
-    files = write_card(shown, tmp_path, "card")
-    assert open(files["png"], "rb").read() == shown.png and shown.html in open(files["html"], encoding="utf-8").read()

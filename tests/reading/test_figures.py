@@ -1,4 +1,4 @@
-"""Plots show what their tables hold, on shared and symmetric scales, without text on text; alt text has the numbers."""
+"""Plots show what their tables hold, on symmetric scales, without text on text; alt text has the numbers."""
 
 import itertools
 
@@ -26,6 +26,11 @@ def bounded(rows, value="estimate") -> pandas.DataFrame:
     return pandas.DataFrame([row | {"low": row[value] * 0.8, "high": row[value] * 1.3} for row in rows])
 
 
+def seeds_of(table: pandas.DataFrame) -> pandas.DataFrame:
+    rows = table.drop(columns=["low", "high"])
+    return pandas.concat([rows.assign(seed=n, estimate=rows["estimate"] * (0.9 + 0.05 * n)) for n in range(4)])
+
+
 def tails(panels: int):
     values = {f"panel {i}": numpy.random.default_rng(i).pareto(1.5, 3000) * 1e-6 for i in range(panels)}
     points = pandas.concat([figures.ccdf_points(v).assign(panel=p) for p, v in values.items()])
@@ -38,27 +43,36 @@ def tails(panels: int):
 
 def all_figures():
     names = ("words", "concept", "language")
-    yield figures.ccdf_panels(*tails(5))
+    yield figures.ccdf_panels(*tails(5), title="How heavy are the tails?")
     curves = sum((curve(group=s, kind="trained") for s in SIZES), curve(group="untrained", kind="control"))
     yield figures.coverage_curve(
         pandas.DataFrame(curves), pandas.DataFrame(curve(null="Gaussian") + curve(null="Laplace"))
     )
     lifts = bounded([{"tier": n, "parameters": s, "estimate": 1.0 + i} for i, n in enumerate(names) for s in SIZES])
-    yield figures.estimate_points(lifts, hue="tier", ylabel="lift (times)", references={"no effect": 1, "ceiling": 4})
+    references = {"no effect": 1, "ceiling": 4}
+    question = (
+        "A question that is so long that one line of a figure cannot hold it: does what is asked still stand here?"
+    )
+    ylabel = "lift of sequences that share a meaning over those that share words alone (times)"
+    yield figures.estimate_points(
+        lifts, hue="tier", ylabel=ylabel, references=references, per_seed=seeds_of(lifts), title=question
+    )
     bars = bounded([{"label": f"method {i}", "estimate": 1e-5 * 10**i, "kind": n} for i, n in enumerate(names)])
-    yield figures.estimate_bars(bars, xlabel="score (rank correlation)", reference={"chance": 0}, hue="kind")
+    yield figures.estimate_bars(
+        bars, xlabel="score (rank correlation)", references={"chance": 0}, hue="kind", per_seed=seeds_of(bars)
+    )
     steps = [
         {"model": s, "tokens": 10.0**k, "split": p, "loss": 9.0 - k} for s in SIZES for k in range(4, 8) for p in "ab"
     ]
-    yield figures.loss_curves(bounded(steps, "loss"), {"entropy": 1})
-    languages = itertools.product(SIZES[:2], ("German", "Turkish", "English"), ("German", "Turkish", "English"))
-    cells = [
-        {"size": s, "query_language": a, "sequence_language": b, "value": 4.0 if a == b else 0.5}
-        for s, a, b in languages
-    ]
-    yield figures.language_matrix(bounded(cells, "value"), unit="lift (times)", neutral=1, log=True, panel="size")
-    scores = numpy.random.default_rng(0).standard_t(2, 3000) * 1e-6
-    yield figures.score_histogram(pandas.DataFrame({"influence": scores, "panel": ["a", "b", "c"] * 1000}), "panel")
+    yield figures.path_over_training(
+        bounded(steps, "loss"), "loss", ylabel="loss (nats)", split="split", references={"entropy": 1}
+    )
+    yield figures.path_over_training(
+        pandas.DataFrame(steps).assign(low=-1.0, high=9.0), "loss", ylabel="loss (nats)", split="split", log_y=True
+    )
+    languages = itertools.product(("German", "Turkish", "English"), ("German", "Turkish", "English"))
+    cells = [{"query_language": a, "sequence_language": b, "value": 0.8 if a == b else 0.4} for a, b in languages]
+    yield figures.language_matrix(bounded(cells, "value"), unit="AUC", neutral=0.5)
 
 
 @pytest.mark.parametrize("number", range(7))
@@ -83,13 +97,12 @@ def test_no_text_overlaps_and_axes_are_labelled(number, monkeypatch):
     assert fig.get_supylabel() or axes[0].get_ylabel() or number == 3  # a forest plot's rows name themselves
 
 
-def test_scales_are_shared_and_symmetric():
-    *_, matrix, histogram = all_figures()
-    low, high = histogram.axes[0].get_xlim()
-    assert low == -high and len({ax.get_xlim() for ax in histogram.axes}) == 1
-    meshes = [ax.collections[0] for ax in matrix.axes[:2]]
-    norms = {(mesh.norm.vmin, mesh.norm.vmax) for mesh in meshes}
-    assert len(norms) == 1 and numpy.isclose(numpy.prod(norms.pop()), 1)  # symmetric about a lift of 1
+def test_the_matrix_is_symmetric_about_what_has_no_effect():
+    *_, matrix = all_figures()
+    norm = matrix.axes[0].collections[0].norm
+    assert numpy.isclose(0.5 - norm.vmin, norm.vmax - 0.5) and numpy.isclose(norm.vmax, 0.8)
+    texts = {text.get_text() for text in matrix.axes[0].texts}
+    assert texts == {"0.8\n[0.64, 1]", "0.4\n[0.32, 0.52]"}
 
 
 def test_intervals_and_fit_are_drawn_where_the_table_says():
@@ -100,8 +113,49 @@ def test_intervals_and_fit_are_drawn_where_the_table_says():
     assert x[0] == fits.xmin[0] and numpy.isclose(numpy.log(y[-1] / y[0]) / numpy.log(x[-1] / x[0]), 1 - 2.5)
     assert "KS p < 0.001" in ax.get_title(loc="left")
     table = bounded([{"parameters": s, "estimate": 2.0} for s in SIZES])
-    bars = figures.estimate_points(table, ylabel="lift").axes[0].collections[0].get_segments()
+    bars = segments(figures.estimate_points(table, ylabel="lift"))
     assert [tuple(bar[:, 1]) for bar in bars] == [(1.6, 2.6)] * 4
+    table = bounded([{"label": "a", "estimate": 2.0}, {"label": "a", "estimate": 4.0}])
+    bars = segments(figures.estimate_bars(table, xlabel="lift"))
+    assert [tuple(bar.ravel()) for bar in bars] == [(1.6, 0, 2.6, 0), (3.2, 1, 5.2, 1)]
+
+
+def segments(fig) -> list:
+    from matplotlib.collections import LineCollection
+
+    return [
+        part for found in fig.axes[0].collections if isinstance(found, LineCollection) for part in found.get_segments()
+    ]
+
+
+def test_each_seed_is_a_dot_behind_its_mean():
+    from matplotlib.collections import PathCollection
+
+    table = bounded([{"method": m, "parameters": s, "estimate": 2.0 + i} for i, m in enumerate("ab") for s in SIZES])
+    for fig, axis in (
+        (figures.estimate_points(table, hue="method", ylabel="lift", per_seed=seeds_of(table)), 1),
+        (figures.estimate_bars(table.assign(label="same"), hue="method", xlabel="lift", per_seed=seeds_of(table)), 0),
+        (
+            figures.path_over_training(
+                table, "estimate", x="parameters", hue="method", ylabel="lift", per_seed=seeds_of(table)
+            ),
+            1,
+        ),
+    ):
+        dots = [found for found in fig.axes[0].collections if isinstance(found, PathCollection)]
+        drawn = numpy.sort(numpy.concatenate([found.get_offsets()[:, axis] for found in dots[:1]]))
+        assert numpy.allclose(drawn, numpy.sort(seeds_of(table)["estimate"]))
+
+
+def test_on_a_log_axis_intervals_end_at_the_edge_and_say_so():
+    table = pandas.DataFrame({"parameters": SIZES, "estimate": [1.0, 2, 3, 4], "low": [-1.0, 0, 1, 2], "high": 5.0})
+    fig = figures.estimate_points(table, ylabel="work", log_y=True)
+    assert [bar[0, 1] for bar in segments(fig)] == pytest.approx([1 / 1.3, 1 / 1.3, 1, 2])
+    assert sum(line.get_marker() == "v" for line in fig.axes[0].lines) == 2
+    with pytest.raises(UserError, match="above 0, but the smallest estimate is -1"):
+        figures.estimate_points(table.assign(estimate=-1.0), ylabel="work", log_y=True)
+    with pytest.raises(UserError, match="smallest tokens is 0"):
+        figures.path_over_training(pandas.DataFrame({"model": [1], "tokens": [0], "v": [1.0]}), "v", ylabel="v")
 
 
 def test_ccdf_points_are_shares_of_the_positive():
@@ -126,7 +180,4 @@ def test_wrong_tables_are_named():
     with pytest.raises(UserError, match="'high'"):
         figures.estimate_bars(pandas.DataFrame({"label": ["a"], "estimate": [1], "low": [0]}), xlabel="x")
     with pytest.raises(UserError, match="no rows"):
-        figures.score_histogram(pandas.DataFrame({"influence": []}))
-    with pytest.raises(UserError, match="log=False"):
-        cells = pandas.DataFrame({"query_language": ["a"], "sequence_language": ["a"], "value": [-1.0]})
-        figures.language_matrix(cells, unit="x", log=True)
+        figures.path_over_training(pandas.DataFrame({"model": [], "tokens": [], "v": []}), "v", ylabel="v")
