@@ -148,16 +148,10 @@ def scan_rows(world: World, limit: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def scored_queries(world: World) -> np.ndarray:
-    """Positions of the queries to score: those the world marks with `scored`, of Atlas facts in both languages and canaries.
-
-    Every query of a world that has neither.
-    """
+    """Positions of the queries to score: those the world marks with `scored`, or all."""
     if "scored" in world.queries.column_names:
         return np.flatnonzero(world.queries["scored"].to_numpy(zero_copy_only=False))
-    if world.name != "atlas":
-        return np.arange(world.queries.num_rows)
-    kind, availability = (world.queries[name].to_numpy(zero_copy_only=False) for name in ("kind", "availability"))
-    return np.flatnonzero((kind == "canary") | (availability == "both"))
+    return np.arange(world.queries.num_rows)
 
 
 def write_scores(out: Path, scores: Scores, rows: np.ndarray, queries: np.ndarray) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from influence_kit.corpora.world import World, batch_of
+from influence_kit.corpora.worlds import WORLDS
 from influence_kit.errors import UserError
 from influence_kit.findings import families
 from influence_kit.runner.machine import threads
@@ -124,17 +125,23 @@ class Trained:
         steps = np.array(self.losses["held_out_step"])
         return self.losses["held_out"][int(np.abs(steps - fraction * self.losses["steps"]).argmin())]
 
-    def scan(self, fraction: float = 1.0, kind: str | None = "fact") -> Scanned:
-        """The influence scores at a fraction of training; kind: which of Atlas's queries, "fact", "canary" or None for both.
+    def scan(self, fraction: float = 1.0, kind: str | None = "") -> Scanned:
+        """The influence scores at a fraction of training.
 
-        Other worlds ask one kind of query, which all come whatever `kind` says.
+        Args:
+            fraction: Of training, one of `fractions`.
+            kind: Of queries (Atlas asks "fact" and "canary"); by default those that the world's scans are read for, None for all.
+
+        Raises:
+            UserError: no query of this kind was scored.
         """
         found = read_scan(ensure(self.planned.influence[fraction]), self.world.sequences.num_rows)
-        if self.corpus in ("atlas", "little_atlas") and kind is not None:
+        wanted = (kind,) if kind else WORLDS[self.world.name].asks if self.world.name in WORLDS else ()
+        if wanted and kind is not None:
             kinds = self.world.queries["kind"].to_numpy(zero_copy_only=False)[found.queries]
-            if kind not in (known := sorted(set(kinds))):
+            if not set(wanted) & set(known := sorted(set(kinds))):
                 raise UserError(f"kind={kind!r} was not scored: choose one of {', '.join(known)}, or None for all")
-            chosen, whole = np.flatnonzero(kinds == kind), found.scores
+            chosen, whole = np.flatnonzero(np.isin(kinds, wanted)), found.scores
             scores = replace(whole, values=whole.values[chosen], query_norm=whole.query_norm[chosen])
             found = Scanned(scores, found.rows, found.queries[chosen])
         return found
@@ -165,7 +172,7 @@ class Trained:
         fraction: float = 1.0,
         title: str = "",
         labels: Mapping[int, str] | Callable[[int], str] | None = None,
-        kind: str | None = "fact",
+        kind: str | None = "",
     ) -> Card:
         """Token card of one scored query (a position in `scan(fraction, kind)`), its k most and least influential sequences
         shaded by token.

@@ -93,7 +93,4 @@ def shape(world: Stage) -> tuple[int, int, int]:
     kinds = {"parallel": ParallelText, "dialogue": Dialogue}
     cls = kinds.get(world.function.__name__) or WORLDS[world.function.__module__.rpartition(".")[2]]
     made = cls(**tuples(world.parameters))
-    try:  # TRANSITION
-        return made.documents, made.length, made.words
-    except AttributeError:
-        return 10_000, 32, 1000
+    return made.documents, made.length, made.words
