@@ -1,37 +1,46 @@
 """Token overlap between queries and documents: the baseline that every influence score is shown beside.
 
-Rows of token ids become sparse counts `[rows, vocabulary]`; scores come back dense, `[Q, N]`. Wherever queries or
-documents are asked for, both rows of ids (lists or an integer array) and the sparse counts of `token_counts` will do:
-the latter when a loss mask or special tokens are to be left out, or when the same documents are used often.
+Rows of token ids become sparse counts [rows, V]; scores come back dense, [Q, N]. Wherever queries or documents are asked
+for, both rows of ids (lists or an integer array) and the sparse counts of `token_counts` will do: the latter when a loss
+mask or special tokens are to be left out, or when the same documents are used often.
 
 Source of the weights: Grosse et al. 2023 (arXiv 2308.03296), Equations 28 and 29, with k1 = 1.5; Robertson and Zaragoza
 2009 for the length normalisation b of BM25, which plays no part when all sequences are equally long.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from scipy import sparse
 
 from influence_kit.errors import UserError
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 # Rows of token ids, or the sparse counts of `token_counts`: no type covers both.
 Rows: TypeAlias = Any
 
 
-def token_counts(rows, mask=None, vocabulary_size: int | None = None, ignore: Sequence[int] = ()) -> sparse.csr_array:
-    """How often each token stands in each row: sparse float `[N, V]`.
+def token_counts(rows, mask=None, vocabulary_size: int | None = None, ignore: Sequence[int] = ()) -> csr_array:
+    """How often each token stands in each row.
 
     Args:
-        rows: token ids, `[N, T]` or N lists of any length.
+        rows: Token ids [N, T], or N lists of any length.
         mask: bool of the same shape; tokens where it is False are left out.
         vocabulary_size: V; the largest id plus one by default.
-        ignore: ids that never count, such as padding and begin-of-sequence.
+        ignore: Ids that never count, such as padding and begin-of-sequence.
+
+    Returns:
+        Sparse float [N, V].
 
     Raises:
-        UserError: a mask of another shape, or an id below 0 or beyond the vocabulary.
+        UserError: A mask of another shape, or an id below 0 or beyond the vocabulary.
     """
+    from scipy import sparse
+
     lengths = np.array([len(row) for row in rows], dtype=int)
     tokens = (
         np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]) if lengths.sum() else np.empty(0, np.int64)
@@ -58,7 +67,9 @@ def token_counts(rows, mask=None, vocabulary_size: int | None = None, ignore: Se
     return counts
 
 
-def _aligned(queries: Rows, documents: Rows) -> tuple[sparse.csr_array, sparse.csr_array]:
+def _aligned(queries: Rows, documents: Rows) -> tuple[csr_array, csr_array]:
+    from scipy import sparse
+
     pair = [sparse.csr_array(rows) if sparse.issparse(rows) else token_counts(rows) for rows in (queries, documents)]
     size = max(counts.shape[1] for counts in pair)
     # Widened over the same buffers: `resize` would change the caller's matrix.
@@ -66,54 +77,62 @@ def _aligned(queries: Rows, documents: Rows) -> tuple[sparse.csr_array, sparse.c
     return first, second
 
 
-def _present(counts: sparse.csr_array) -> sparse.csr_array:
-    return sparse.csr_array((counts > 0).astype(float))
+def _present(counts: csr_array) -> csr_array:
+    return (counts > 0).astype(float).tocsr()
 
 
 def document_frequency(documents: Rows) -> np.ndarray:
-    """Number of documents that hold each token, `[V]`."""
+    """Number of documents that hold each token [V]."""
     return np.asarray(_present(_aligned(documents, documents)[0]).sum(0)).ravel()
 
 
 def inverse_document_frequency(documents: Rows) -> np.ndarray:
-    """IDF of each token, `[V]`: log((C - n + .5) / (n + .5) + 1), n of C documents hold it (paper, Eq 29)."""
+    """IDF of each token [V]: log((C - n + .5) / (n + .5) + 1), n of C documents hold it (paper, Eq 29)."""
     counts = _aligned(documents, documents)[0]
     n = document_frequency(counts)
     return np.log((counts.shape[0] - n + 0.5) / (n + 0.5) + 1)
 
 
-def idf_overlap(queries: Rows, documents: Rows, repeats: bool = False) -> np.ndarray:
-    """Sum of the IDF of the tokens that query and document share: `[Q, N]`, in nats.
+def idf_overlap(queries: Rows, documents: Rows) -> np.ndarray:
+    """Sum of the IDF of the tokens that query and document share, each counted once.
 
     With presence in place of counts the saturation (k1 + 1) tf / (k1 + tf) of Equation 28 is 1 and this is what is
     left.
 
     Args:
-        queries: token ids or counts of Q queries.
-        documents: token ids or counts of N documents; IDF is counted on these.
-        repeats: count a shared token as often as the query says it, instead of once.
+        queries: Token ids or counts of Q queries.
+        documents: Token ids or counts of N documents; IDF is counted on these.
+
+    Returns:
+        [Q, N], nats.
 
     Raises:
-        UserError: as `token_counts`.
+        UserError: As `token_counts`.
     """
     queries, documents = _aligned(queries, documents)
-    weighted = (queries if repeats else _present(queries)).multiply(inverse_document_frequency(documents)[None])
-    return (sparse.csr_array(weighted) @ _present(documents).T).toarray()
+    weighted = _present(queries).multiply(inverse_document_frequency(documents)[None]).tocsr()
+    return (weighted @ _present(documents).T).toarray()
 
 
 def bm25(queries: Rows, documents: Rows, k1: float = 1.5, b: float = 0.75) -> np.ndarray:
-    """BM25 score of every document for every query: `[Q, N]`, in nats; a repeated query token counts again.
+    """BM25 score of every document for every query; a repeated query token counts again.
 
     sum over the query's tokens of IDF * tf (k1 + 1) / (tf + k1 (1 - b + b length / mean length)).
 
     Args:
-        queries: token ids or counts of Q queries.
-        documents: token ids or counts of N documents; IDF and mean length are counted on these.
-        k1: saturation of a token's count; b: strength of length normalisation, 0 for none.
+        queries: Token ids or counts of Q queries.
+        documents: Token ids or counts of N documents; IDF and mean length are counted on these.
+        k1: Saturation of a token's count.
+        b: Strength of length normalisation, 0 for none.
+
+    Returns:
+        [Q, N], nats.
 
     Raises:
-        UserError: as `token_counts`.
+        UserError: As `token_counts`.
     """
+    from scipy import sparse
+
     queries, documents = _aligned(queries, documents)
     length = np.asarray(documents.sum(1)).ravel()
     row = np.repeat(np.arange(documents.shape[0]), np.diff(documents.indptr))
@@ -125,13 +144,20 @@ def bm25(queries: Rows, documents: Rows, k1: float = 1.5, b: float = 0.75) -> np
 
 
 def shares_tokens(queries: Rows, documents: Rows, rarer_than: float = 0.05) -> np.ndarray:
-    """Whether query and document share a token that fewer than `rarer_than` of the documents hold: bool `[Q, N]`.
+    """Whether query and document share a token that few of the documents hold.
 
-    Frequent tokens (function words, punctuation) are shared by almost all pairs and say nothing. `rarer_than` above 1
-    counts every token.
+    Frequent tokens (function words, punctuation) are shared by almost all pairs and say nothing.
+
+    Args:
+        queries: Token ids or counts of Q queries.
+        documents: Token ids or counts of N documents.
+        rarer_than: The share of documents that a token must stand in less of; above 1 every token counts.
+
+    Returns:
+        bool [Q, N].
 
     Raises:
-        UserError: as `token_counts`.
+        UserError: As `token_counts`.
     """
     queries, documents = _aligned(queries, documents)
     rare = document_frequency(documents) < rarer_than * documents.shape[0]
