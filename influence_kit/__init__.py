@@ -3,29 +3,17 @@
     factors = influence_kit.fit_ekfac(model, sequences)
     scores = influence_kit.score(model, factors, queries, sequences)
 
-Names are resolved on first use, so that importing the package costs nothing.
+What the engine offers, and its errors. Names are resolved on first use, so that importing the package costs nothing.
 """
 
-import importlib
+from influence_kit import engine
+from influence_kit.errors import UserError
 
 __version__ = "0.1.0"
-_HOME = {
-    "fit_ekfac": "engine.fitting",
-    "Factors": "engine.factors",
-    "score": "engine.scans",
-    "top_scores": "engine.scans",
-    "TopScores": "engine.scores",
-    "token_scores": "engine.scans",
-    "Scores": "engine.scores",
-    "build_index": "engine.index",
-    "Index": "engine.index",
-    "tracked_layers": "engine.layers",
-    "UserError": "errors",
-}
-__all__ = [*sorted(_HOME), "__version__"]
+__all__ = [*engine.__all__, "UserError", "__version__"]
 
 
 def __getattr__(name: str):
-    if name in _HOME:
-        return getattr(importlib.import_module(f"influence_kit.{_HOME[name]}"), name)
+    if name in engine.__all__:
+        return getattr(engine, name)
     raise AttributeError(f"module 'influence_kit' has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -41,7 +41,7 @@ def statistics(model, layers, data, labels):
     def hook(name):
         def record(module, arguments, output):
             output.retain_grad()
-            seen[name] = (arguments[0].detach(), output)
+            seen[name] = (arguments[0].detach().flatten(0, -2), output)
 
         return record
 
@@ -52,7 +52,7 @@ def statistics(model, layers, data, labels):
         model.zero_grad()
         log_loss(model, data["input_ids"][n], mask, labels[n]).backward()
         for name, module in layers.items():
-            a, out = seen[name][0][0, :last], seen[name][1].grad[0, :last]
+            a, out = seen[name][0][:last], seen[name][1].grad.flatten(0, -2)[:last]
             if module.bias is not None:
                 a = torch.cat([a, torch.ones_like(a[:, :1])], 1)
             A[name] = A.get(name, 0) + a.T @ a

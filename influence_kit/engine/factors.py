@@ -8,17 +8,16 @@ that takes fewer multiplications (short sequences), the gradient is rotated othe
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .blas import matmul
+from .files import digest, load_tensors, save_tensors
 from .gradients import TokenGradients, device_of, dtype_of
 from .layers import shape_of
 from .shelf import Buffers, aligned, aligned_width
@@ -41,9 +40,12 @@ EIGENBASIS = Rotated()
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """One linear map's curvature: eigenvectors of A (`inputs`) and of S (`outputs`), eigenvalues Lambda [P, M'].
+    """One linear map's curvature; M' = M + 1 where the layer has a bias.
 
-    M' = M + 1 where the layer has a bias. A basis of `None` stands for the identity (methods diagonal, identity).
+    Args:
+        inputs: Eigenvectors of A, diagonal blocks that make [M', M']; None stands for the identity (methods diagonal, identity).
+        outputs: Eigenvectors of S, diagonal blocks that make [P, P], or None.
+        eigenvalues: Lambda [P, M'].
     """
 
     inputs: Basis | None
@@ -97,7 +99,11 @@ class Rotator:
     def tokens(
         self, layer: LayerFactors, found: TokenGradients, rotated: Rotated = EIGENBASIS
     ) -> tuple[Tensor, Tensor]:
-        """(a [B, L, M'], g [B, L, P]), each in the eigenbasis where `rotated` says so; a gets its column of ones."""
+        """Inputs and output gradients of a batch.
+
+        Returns:
+            a [B, L, M'], with its column of ones, and g [B, L, P], each in the eigenbasis where `rotated` says so.
+        """
         a, g, bias = found
         if rotated.outputs and layer.outputs is not None:
             g = self._rotate("g", g, layer.outputs, False)
@@ -128,10 +134,13 @@ class Rotator:
     def pieces(
         self, layer: LayerFactors, found: TokenGradients, rotated: Rotated = EIGENBASIS
     ) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Pieces of the sequences' gradients: (sequences, rows of P, gradient [b, p, W]), valid until the next piece.
+        """The sequences' gradients, piece by piece, each valid until the next.
 
-        W is M' (M without the bias where `found` hides it) up to the next aligned width; columns beyond M' are zero.
-        Costs L P M' multiplications a sequence, and for each rotated side the lesser of rotating its tokens (L P^2, L M'^2)
+        Returns:
+            (sequences, rows of P, gradient [b, p, W]). W is M' (M without the bias where `found` hides it) up to the next
+            aligned width; columns beyond M' are zero.
+
+        Cost: L P M' multiplications a sequence, and for each rotated side the lesser of rotating its tokens (L P^2, L M'^2)
         and rotating the gradient (P^2 M', P M'^2).
         """
         length, p = found.outputs.shape[1:]
@@ -200,8 +209,10 @@ def inverse(damped: Tensor) -> Tensor:
 class Factors:
     """Curvature of the tracked layers, with the pseudo-labels it was fitted on.
 
-    `labels` int64 [N, T]: the label at t is predicted from position t - 1; column 0 is never used.
-    `details`: method, layers, blocks, label kind, seed, number of sequences and of counted tokens.
+    Args:
+        layers: By dotted name.
+        labels: [N, T], int64: the label at t is predicted from position t - 1; column 0 is never used.
+        details: Method, layers, blocks, label kind, seed, number of sequences and of counted tokens.
     """
 
     layers: dict[str, LayerFactors]
@@ -215,7 +226,8 @@ class Factors:
     def beside(self, model: nn.Module) -> Factors:
         """A copy with every layer's factors where the model computes that layer, in the model's working dtype.
 
-        Raises ValueError when the factors belong to other layers or shapes than the model's.
+        Raises:
+            ValueError: The factors belong to other layers or shapes than the model's.
         """
         modules, devices = dict(model.named_modules()), {}
         for name, layer in self.layers.items():
@@ -230,10 +242,12 @@ class Factors:
             devices[name] = device_of(modules[name])
         return Factors(_moved(self.layers, devices, dtype_of(model)), self.labels, self.details)
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write one safetensors file (byte-stable: a single JSON metadata key). A basis that layers share is written once."""
-        from safetensors.torch import save_file
+    def fingerprint(self) -> str:
+        """A name of 16 hex digits for the curvature, labels left out."""
+        return digest(*self._content())
 
+    def _content(self) -> tuple[list[dict], dict[str, Tensor]]:
+        """What is where: for each layer the owner of its bases and their blocks; and all tensors, a shared basis once."""
         tensors: dict[str, Tensor] = {}
         owners: dict[int, str] = {}
         order = []
@@ -245,43 +259,38 @@ class Factors:
                 owner = owners.setdefault(id(basis[0]), f"{name}/{side}")
                 entry[side] = [owner, len(basis)]
                 if owner == f"{name}/{side}":
-                    tensors |= {f"{owner}/{i}": q.cpu().contiguous() for i, q in enumerate(basis)}
-            tensors[f"{name}/eigenvalues"] = layer.eigenvalues.cpu().contiguous()
+                    tensors |= {f"{owner}/{i}": q for i, q in enumerate(basis)}
+            tensors[f"{name}/eigenvalues"] = layer.eigenvalues
             order.append(entry)
+        return order, tensors
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one safetensors file with a checksum; the same factors give the same bytes. A shared basis is written once."""
+        order, tensors = self._content()
         if self.labels is not None:
-            tensors["labels"] = self.labels.cpu().contiguous()
-        details = json.dumps({"order": order, **self.details}, sort_keys=True)
-        temporary = Path(path).with_suffix(".tmp")
-        save_file(tensors, temporary, metadata={"influence_kit": details})
-        os.replace(temporary, path)
+            tensors["labels"] = self.labels
+        save_tensors(path, tensors, {"order": order, **self.details})
 
     @staticmethod
     def load(path: str | os.PathLike) -> Factors:
-        """Read what `save` wrote. Raises ValueError for a file that is something else."""
-        from safetensors import SafetensorError, safe_open
+        """Read what `save` wrote.
 
-        try:
-            with safe_open(str(path), "pt") as file:
-                metadata = (file.metadata() or {}).get("influence_kit")
-                if not metadata:
-                    raise ValueError(f"{path} was not written by Factors.save: it has no influence_kit metadata")
-                details = json.loads(metadata)
-                bases: dict[str, Basis] = {}
+        Raises:
+            ValueError: The file is something else, damaged, or of a time when no checksum was written.
+        """
+        tensors, details = load_tensors(path)
+        if "order" not in details:
+            raise ValueError(f"{path} holds no factors")
+        bases: dict[str, Basis] = {}
 
-                def basis(owner: str, blocks: int) -> Basis:
-                    if owner not in bases:
-                        bases[owner] = tuple(file.get_tensor(f"{owner}/{i}") for i in range(blocks))
-                    return bases[owner]
+        def basis(owner: str, blocks: int) -> Basis:
+            return bases.setdefault(owner, tuple(tensors[f"{owner}/{i}"] for i in range(blocks)))
 
-                layers = {
-                    entry["name"]: LayerFactors(
-                        basis(*entry["inputs"]) if "inputs" in entry else None,
-                        basis(*entry["outputs"]) if "outputs" in entry else None,
-                        file.get_tensor(f"{entry['name']}/eigenvalues"),
-                    )
-                    for entry in details.pop("order")
-                }
-                labels = file.get_tensor("labels") if "labels" in set(file.keys()) else None
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file ({error}): fit the factors again") from error
-        return Factors(layers, labels, details)
+        layers = {
+            entry["name"]: LayerFactors(
+                *(basis(*entry[side]) if side in entry else None for side in ("inputs", "outputs")),
+                tensors[f"{entry['name']}/eigenvalues"],
+            )
+            for entry in details.pop("order")
+        }
+        return Factors(layers, tensors.get("labels"), details)

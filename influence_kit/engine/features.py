@@ -26,7 +26,7 @@ class Features:
     """Whitened gradients of a model's sequences: chosen, given signs, and mixed."""
 
     def __init__(self, model: nn.Module, factors: Factors, damping: float) -> None:
-        """Raises ValueError when the factors belong to other layers or shapes than the model's."""
+        """Raises ValueError where the factors belong to other layers or shapes than the model's."""
         self.model, self.factors, self.rotator = model, factors.beside(model), Rotator()
         self.inverse = {name: inverse(layer.damped(damping)) for name, layer in self.factors.layers.items()}
         self._places: dict[str, tuple[Tensor, Tensor, int]] = {}
@@ -43,9 +43,17 @@ class Features:
     def choose(
         self, sequences: Mapping[str, Tensor], bits: int, dims: int, batch_size: int, seed: int
     ) -> dict[str, Tensor]:
-        """`kept`: at most `dims` coordinates, ascending, int64 [n]; `signs`: of each, float32 [n], ones at 16 bits.
+        """Which coordinates are kept. Ranks share the pilot, and all choose the same.
 
-        Ranks share the pilot, and all choose the same.
+        Args:
+            sequences: Those to be indexed.
+            bits: Of a coordinate's code.
+            dims: How many coordinates are kept at most.
+            batch_size: Sequences read at a time.
+            seed: Of the signs.
+
+        Returns:
+            `kept`: coordinates, ascending [n], int64; `signs`: of each [n], float32, ones at 16 bits.
         """
         total, rows = sum(layer.eigenvalues.numel() for layer in self.factors.layers.values()), count(sequences)
         number = min(total, dims)
@@ -55,7 +63,8 @@ class Features:
             sums = {name: torch.zeros_like(each, dtype=torch.float64) for name, each in self.inverse.items()}
             for some in shard(batch_rows(count(pilot), batch_size)):
                 for name, _, lines, flat in self.pieces(pilot, some):
-                    sums[name][lines] += flat.square().sum(0).view(lines.stop - lines.start, -1)
+                    squares = flat.square().nan_to_num_(0, 0, 0)  # one sequence that is not finite must not choose
+                    sums[name][lines] += squares.sum(0).view(lines.stop - lines.start, -1)
             all_reduce(sums.values())
             widths = [layer.eigenvalues.shape[1] for layer in self.factors.layers.values()]
             moments = [(sums[n] * each)[:, :m].flatten().cpu() for (n, each), m in zip(self.inverse.items(), widths)]
@@ -66,9 +75,17 @@ class Features:
     def project(
         self, sequences: Mapping[str, Tensor], rows: slice, projection: dict[str, Tensor], bits: int, dims: int
     ) -> tuple[Tensor, Tensor]:
-        """Mixed coordinates float32 [b, dims] and |phi|^2 float32 [b] of some sequences, on the CPU.
+        """Mixed coordinates of some sequences.
 
-        projection: what `choose` made, the same at every call; places beyond its coordinates hold zero before mixing.
+        Args:
+            sequences: Where they are.
+            rows: Which, b of them.
+            projection: What `choose` made, the same at every call.
+            bits: Of a coordinate's code.
+            dims: Places for coordinates; those beyond the projection's hold zero before mixing.
+
+        Returns:
+            Coordinates [b, dims] and |phi|^2 [b], float32, on the CPU.
         """
         if not self._places:
             self._locate(projection)

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from .blas import eigh, matmul
 from .factors import Basis, Factors, LayerFactors, Rotator
+from .files import digest
 from .gradients import Recorder, device_of, dtype_of, frozen
 from .labels import PseudoGradients
 from .layers import shape_of, tracked_layers
 from .passes import rows_within
 from .processes import all_reduce, barrier, broadcast, rank_and_size, shard
-from .resume import State, by_rank, digest, witnesses
-from .sequences import Progress, batch_rows, count
+from .resume import State, by_rank
+from .sequences import Progress, batch_rows, check, corpus_digest, count
 from .shelf import Shelf, aligned, free_disk, release_freed
 
 METHODS = ("ekfac", "kfac", "diagonal", "identity")
@@ -76,6 +77,7 @@ def fit_ekfac(
     total = count(sequences)
     if total == 0:
         raise ValueError("no sequences to fit factors on: input_ids has no rows")
+    check(sequences, model)
     details = {"method": method, "layers": layers, "blocks": blocks, "seed": seed, "sequences": total}
     if method == "identity":
         return Factors({n: _identity(m) for n, m in chosen.items()}, None, details | {"labels": "none", "tokens": 0})
@@ -83,7 +85,7 @@ def fit_ekfac(
     report = progress or (lambda done, to_do: None)
     with frozen(model), Recorder(chosen) as recorder:
         about = (details, batch_size, labels, rank_and_size()[1])
-        key = "" if resume is None else digest(model, *witnesses(sequences), *about)
+        key = "" if resume is None else digest(model, corpus_digest(sequences), *about)
         state = State(resume, key)
         # A GPU computes gradients again sooner than it could have them back from a file.
         disk = free_disk() if device_of(model).type == "cpu" else 0

@@ -23,31 +23,35 @@ model much wider than 128.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .codes import NORMS, encode, fields, layout, products
 from .factors import Factors
 from .features import Features
+from .files import digest, load_tensors, save_tensors, sha256, whole
 from .processes import barrier, rank_and_size, shard
-from .resume import digest, witnesses
-from .scans import check_damping, score
+from .scans import NAMED, check_damping, score, warn_of_unusable
 from .scores import FORMS, Scores, TopScores, ends
-from .sequences import Progress, batch_rows, count, gather, read_batch
+from .sequences import Progress, batch_rows, check, corpus_digest, count, gather, read_batch, row_digests
 from .shelf import Buffers
 
-VERSION = 2
+VERSION = 3
 SHARD = 4096  # sequences in a file: what a killed build goes on from, and what processes share
 TILE = 1 << 20  # bytes of codes unpacked at a time in a query
+KINDS = {
+    "codes": None,
+    "norms": NORMS,
+    "rows": 8,
+}  # what a file holds, and its bytes a sequence (codes: dims * bits / 8)
 NAMES = {"model": "weights", "bytes_per_sequence": "bytes a sequence", "corpora": "sequences"}
 
 
@@ -63,16 +67,28 @@ def build_index(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Index:
-    """Write the gradients of `sequences` (`input_ids` [N, T], optional `loss_mask`) to a folder.
-
-    bytes_per_sequence: upper limit of what a sequence takes, norms included; factors and projection come on top once.
-    seed: of the mixing. progress: called with (sequences done, sequences to do).
+    """Write the gradients of `sequences` to a folder.
 
     The folder gets `index.json` (last), factors.safetensors, projection.safetensors, and for every SHARD sequences
-    `<start>-<stop>.codes` [n, dims * bits / 8] and `.norms` float32 [n, 2] (|phi|^2, scale), raw and little-endian. A killed
-    build goes on after its last whole file when it is called again. Under `torchrun` ranks share the files of one folder.
+    `<start>-<stop>.codes` [n, dims * bits / 8], `.norms` float32 [n, 2] (|phi|^2, scale) and `.rows` uint64 [n] (by which a
+    sequence is recognised), raw and little-endian. A killed build goes on after its last whole file when it is called again
+    with the same model, factors and sequences. Under `torchrun` ranks share the files of one folder.
 
-    Raises ValueError for a folder that holds another index, no sequences, or fewer bytes than one block of codes takes.
+    Args:
+        model: The one that the factors were fitted on.
+        factors: From `fit_ekfac`.
+        sequences: As for `score`.
+        folder: A new one, or one where a build was killed.
+        bytes_per_sequence: Upper limit of what a sequence's codes and norms take; 8 bytes for its recognition come on top, and
+            factors and projection once.
+        damping: As for `score`.
+        batch_size: Sequences read at a time.
+        seed: Of the mixing.
+        progress: Called with (sequences done, sequences to do).
+
+    Raises:
+        ValueError: A folder that holds another index, no sequences, or fewer bytes than one block of codes takes.
+
     Cost: one scan with self-influence over the sequences (and over PILOT of them where coordinates are chosen), and 64
     multiplications a coordinate kept.
     """
@@ -80,13 +96,13 @@ def build_index(
     folder, total = Path(folder), count(sequences)
     if total == 0:
         raise ValueError("no sequences to index: input_ids has no rows")
+    check(sequences, model)
     factors = Factors(factors.beside(model).layers, None, factors.details)
     shapes = {name: list(layer.eigenvalues.shape) for name, layer in factors.layers.items()}
     bits, dims = layout(sum(p * m for p, m in shapes.values()), bytes_per_sequence)
-    curvature = [t for f in factors.layers.values() for t in (f.eigenvalues, *(f.inputs or ()), *(f.outputs or ()))]
-    plan = {"version": VERSION, "model": digest(model), "factors": digest(list(shapes), *curvature)}
+    plan = {"version": VERSION, "model": digest(model), "factors": factors.fingerprint()}
     plan |= {"layers": shapes, "bits": bits, "dims": dims, "damping": damping, "seed": seed}
-    plan |= {"bytes_per_sequence": bytes_per_sequence, "corpora": [digest(*witnesses(sequences))]}
+    plan |= {"bytes_per_sequence": bytes_per_sequence, "corpora": [corpus_digest(sequences)]}
     folder.mkdir(parents=True, exist_ok=True)
     _refuse_another(folder, plan)
     finished, kept = (folder / "index.json").exists(), folder / "projection.safetensors"
@@ -95,23 +111,29 @@ def build_index(
     if finished:
         return Index.open(folder)
     features = Features(model, factors, damping)
-    projection = load_file(kept) if made else features.choose(sequences, bits, dims, batch_size, seed)
+    projection = load_tensors(kept)[0] if made else features.choose(sequences, bits, dims, batch_size, seed)
     if rank_and_size()[0] == 0:
         _write_json(folder / "plan.json", plan)
         factors.save(folder / "factors.safetensors")
         if not made:
-            save_file(projection, f"{kept}.part")
-            os.replace(f"{kept}.part", kept)
+            save_tensors(kept, projection, {})
     barrier()
     _write_shards(features, projection, plan, sequences, folder, 0, batch_size, progress)
-    files = {name: _sha256(folder / name) for name in ("factors.safetensors", "projection.safetensors")}
+    files = {name: sha256(folder / name) for name in ("factors.safetensors", "projection.safetensors")}
     _finish(folder, plan | {"files": files, "shards": []}, total)
-    return Index.open(folder, verify=False)
+    return _warned(Index.open(folder, verify=False))
 
 
 @dataclass(frozen=True)
 class Index:
-    """An opened index: its folder, what index.json says (`about`), the factors, and which coordinates are kept where."""
+    """An opened index.
+
+    Args:
+        folder: Where it lies.
+        about: What index.json says.
+        factors: That its gradients are whitened by.
+        projection: Which coordinates are kept where.
+    """
 
     folder: Path
     about: dict
@@ -125,14 +147,19 @@ class Index:
 
     @property
     def bytes_per_sequence(self) -> int:
-        """What a sequence takes on disk, norms included."""
+        """What a sequence's codes and norms take on disk."""
         return self.about["dims"] * self.about["bits"] // 8 + NORMS
 
     @staticmethod
     def open(folder: str | os.PathLike, verify: bool = True) -> Index:
-        """Read an index's manifest, factors and projection. `verify`: hash every file (about 1 s a GB), not only weigh it.
+        """Read an index's manifest, factors and projection.
 
-        Raises ValueError for a folder without a finished index, and for a missing or damaged file, by name.
+        Args:
+            folder: Where it was built.
+            verify: Hash every file (about 1 s a GB), not only weigh it.
+
+        Raises:
+            ValueError: A folder without a finished index, or a missing or damaged file, by name.
         """
         folder = Path(folder)
         try:
@@ -146,15 +173,18 @@ class Index:
         row = about["dims"] * about["bits"] // 8
         listed = {name: (None, written) for name, written in about["files"].items()}
         for part in about["shards"]:
-            for kind, width in (("codes", row), ("norms", NORMS)):
-                listed[f"{part['name']}.{kind}"] = ((part["stop"] - part["start"]) * width, part[kind])
+            for kind, width in KINDS.items():
+                listed[f"{part['name']}.{kind}"] = ((part["stop"] - part["start"]) * (width or row), part[kind])
         for name, (size, written) in listed.items():
             path = folder / name
-            whole = path.is_file() and size in (None, path.stat().st_size)
-            if not whole or (verify and _sha256(path) != written):
+            complete = path.is_file() and size in (None, path.stat().st_size)
+            if not complete or (verify and sha256(path) != written):
                 state = "not what was written" if path.is_file() else "missing"
                 raise ValueError(f"{path} is {state}: delete {folder} and build the index again")
-        factors, projection = Factors.load(folder / "factors.safetensors"), load_file(folder / "projection.safetensors")
+        factors, projection = (
+            Factors.load(folder / "factors.safetensors"),
+            load_tensors(folder / "projection.safetensors")[0],
+        )
         return Index(folder, about, factors, projection)
 
     def append(
@@ -167,17 +197,25 @@ class Index:
     ) -> Index:
         """The index with more sequences after its own, under the same factors and projection; a killed call can be repeated.
 
-        Raises ValueError when the model's weights are not those of the index, or there are no sequences.
+        Args:
+            model: The indexed one.
+            sequences: More of them.
+            batch_size: Sequences read at a time.
+            progress: Called with (sequences done, sequences to do).
+
+        Raises:
+            ValueError: The model's weights are not those of the index, or there are no sequences.
         """
         self._check(model)
         start, added = self.sequences, count(sequences)
         if added == 0:
             raise ValueError("no sequences to append: input_ids has no rows")
-        about = self.about | {"corpora": [*self.about["corpora"], digest(*witnesses(sequences))]}
+        check(sequences, model)
+        about = self.about | {"corpora": [*self.about["corpora"], corpus_digest(sequences)]}
         features = Features(model, self.factors, about["damping"])
         _write_shards(features, self.projection, about, sequences, self.folder, start, batch_size, progress)
         _finish(self.folder, about, start + added)
-        return Index.open(self.folder, verify=False)
+        return _warned(Index.open(self.folder, verify=False))
 
     def query(
         self,
@@ -192,12 +230,21 @@ class Index:
     ) -> TopScores:
         """The k most and k least influential indexed sequences of every query.
 
-        sequences: the indexed corpus (mapping or Dataset). With it, each query's `rescore` best candidates at either end are
-        scored exactly in one pass over the candidates of all queries. Without it scores are approximate, and the result's
-        `approximate` says so.
+        Args:
+            model: The indexed one.
+            queries: As for `score`.
+            k: How many of either end.
+            sequences: The indexed corpus. With it, each query's `rescore` best candidates at either end are scored exactly in
+                one pass over the candidates of all queries. Without it scores are approximate, and the result's `approximate`
+                says so.
+            rescore: How many candidates.
+            form: raw, relatif or cosine.
+            batch_size: Sequences read at a time.
 
-        Raises ValueError for another model's weights, a query without a target, another number of sequences than indexed, or
-        a candidate whose exact |phi|^2 is not the index's (another corpus, or another order).
+        Raises:
+            ValueError: Another model's weights, a query without a target, another number of sequences than indexed, or a
+                candidate that is not the sequence that was indexed (another corpus, or another order).
+
         Cost: a pass over the queries; reading the index once, N dims (1 + Q) additions and multiplications; a scan of at
         most 2 Q rescore sequences. Memory: a few tiles of codes, and Q (dims + N of one file) numbers.
         """
@@ -210,6 +257,7 @@ class Index:
                 f"sequences has {count(sequences)} rows, {self.sequences} were indexed: give the same corpus"
             )
         self._check(model)
+        check(queries, model, "queries", asking=True)
         bits, buffers = self.about["bits"], Buffers()
         asked, norms = self._asked(model, queries, batch_size)
         asked_fields = fields(asked, bits)
@@ -220,7 +268,7 @@ class Index:
             tiles = batch_rows(len(codes), max(TILE // codes.shape[1], 1))
             unscaled = torch.cat([products(codes[some], asked_fields, bits, buffers) for some in tiles], 1)
             found = Scores(unscaled * about[:, 1], about[:, 0], norms, (), self.sequences)
-            both = (found.values if form == "raw" else getattr(found, form))[:, None].expand(-1, 2, -1)
+            both = found.form(form)[:, None].expand(-1, 2, -1)
             places = torch.arange(start, start + len(codes)).expand_as(both)
             values, rows = ends(torch.cat([values, both], 2), torch.cat([rows, places], 2), size)
         if sequences is None:
@@ -229,34 +277,24 @@ class Index:
 
     def _rescored(self, model, queries, sequences, rows: Tensor, k: int, form: str, batch_size: int) -> TopScores:
         together = rows[rows >= 0].unique()
-        exact = score(
-            model,
-            self.factors,
-            queries,
-            gather(sequences, together.tolist()),
-            self.about["damping"],
-            batch_size,
-            corpus_size=self.sequences,
-        )
-        kept = torch.cat([about[:, 0] for *_, about in self._shards()])[together]
-        assert exact.self_influence is not None
-        if (wrong := (exact.self_influence.float() - kept).abs() > 0.05 * kept).any():
+        candidates = gather(sequences, together.tolist())
+        wrong = row_digests(read_batch(candidates, slice(None))) != self._rows()[together.numpy()]
+        if wrong.any():
             raise ValueError(
-                f"row {int(together[wrong][0])} of sequences is not the one that was indexed: give the same corpus, "
+                f"row {int(together[wrong.argmax()])} of sequences is not the one that was indexed: give the same corpus, "
                 "in the same order"
             )
+        damping = self.about["damping"]
+        exact = score(model, self.factors, queries, candidates, damping, batch_size, corpus_size=self.sequences)
         # A query sees its own candidates alone, so that its answer does not depend on what else is asked.
         own = torch.zeros(len(rows), len(together), dtype=torch.bool)
         own.scatter_(1, torch.searchsorted(together, rows.clamp(min=together[0])).flatten(1), True)
-        values = (exact.values if form == "raw" else getattr(exact, form))[:, None].expand(-1, 2, -1)
+        values = exact.form(form)[:, None].expand(-1, 2, -1)
         places = torch.where(own, together, -1)[:, None].expand(-1, 2, -1)
         return TopScores(*ends(values, places, k), form, self.sequences)
 
     def _asked(self, model: nn.Module, queries: Mapping[str, Tensor], batch_size: int) -> tuple[Tensor, Tensor]:
         """Projected whitened gradients of the queries float32 [Q, dims], and their norms [Q]."""
-        for row in range(count(queries)):
-            if not read_batch(queries, slice(row, row + 1)).loss_mask.any():
-                raise ValueError(f"query {row} has no target token: its loss_mask is empty")
         features, parts = Features(model, self.factors, self.about["damping"]), []
         for rows in batch_rows(count(queries), batch_size):
             parts.append(features.project(queries, rows, self.projection, self.about["bits"], self.about["dims"]))
@@ -270,6 +308,12 @@ class Index:
             codes = np.memmap(f"{path}.codes", np.uint8, "c").reshape(n, -1)
             norms = np.fromfile(f"{path}.norms", "<f4").astype(np.float32).reshape(n, 2)
             yield part["start"], torch.from_numpy(codes), torch.from_numpy(norms)
+
+    def _rows(self) -> np.ndarray:
+        """uint64 [N] by which sequences are recognised (`row_digests`)."""
+        return np.concatenate(
+            [np.fromfile(self.folder / f"{part['name']}.rows", "<u8") for part in self.about["shards"]]
+        )
 
     def _check(self, model: nn.Module) -> None:
         if digest(model) != self.about["model"]:
@@ -285,6 +329,13 @@ def recall(approximate: TopScores, exact: TopScores, k: int = 10) -> float:
     return float(found[true >= 0].double().mean())
 
 
+def _warned(index: Index) -> Index:
+    """The index, once it is said which sequences' gradients are not finite."""
+    bad = torch.cat([~about.isfinite().all(1) for *_, about in index._shards()]).nonzero().flatten()
+    warn_of_unusable(len(bad), bad[:NAMED].tolist(), index.sequences)
+    return index
+
+
 def _write_shards(features, projection, plan, sequences, folder: Path, start: int, batch_size: int, progress) -> None:
     """Codes and norms of this rank's share of the sequences, whose first is row `start` of the index."""
     key, done = digest({n: plan[n] for n in plan if n not in ("shards", "sequences")}, start), 0
@@ -294,19 +345,19 @@ def _write_shards(features, projection, plan, sequences, folder: Path, start: in
         name = f"{start + rows.start:012}-{start + rows.stop:012}"
         if not _is_whole(folder, name, key):
             record = {"name": name, "start": start + rows.start, "stop": start + rows.stop, "key": key}
-            paths = {kind: folder / f"{name}.{kind}" for kind in ("codes", "norms")}
-            with open(f"{paths['codes']}.part", "wb") as codes, open(f"{paths['norms']}.part", "wb") as norms:
+            with ExitStack() as stack:
+                parts = {kind: stack.enter_context(whole(folder / f"{name}.{kind}")) for kind in KINDS}
+                written = {kind: stack.enter_context(part.open("wb")) for kind, part in parts.items()}
                 for some in batch_rows(rows.stop - rows.start, batch_size):
                     batch = slice(rows.start + some.start, rows.start + some.stop)
                     x, squares = features.project(sequences, batch, projection, plan["bits"], plan["dims"])
                     packed, scale = encode(x, plan["bits"])
-                    codes.write(packed.numpy().tobytes())
-                    norms.write(torch.stack([squares, scale], 1).numpy().astype("<f4").tobytes())
+                    written["codes"].write(packed.numpy().tobytes())
+                    written["norms"].write(torch.stack([squares, scale], 1).numpy().astype("<f4").tobytes())
+                    written["rows"].write(row_digests(read_batch(sequences, batch)).tobytes())
                     if progress:
                         progress(done + some.stop, to_do)
-            for kind, path in paths.items():
-                os.replace(f"{path}.part", path)
-                record[kind] = _sha256(path)
+            record |= {kind: sha256(folder / f"{name}.{kind}") for kind in KINDS}
             _write_json(folder / f"{name}.json", record)
         done += rows.stop - rows.start
     barrier()
@@ -316,7 +367,7 @@ def _is_whole(folder: Path, name: str, key: str) -> bool:
     """Whether a killed call under this key has left this shard whole."""
     try:
         record = json.loads((folder / f"{name}.json").read_text())
-        return record["key"] == key and all(_sha256(folder / f"{name}.{k}") == record[k] for k in ("codes", "norms"))
+        return record["key"] == key and all(sha256(folder / f"{name}.{k}") == record[k] for k in KINDS)
     except (OSError, ValueError, KeyError):
         return False
 
@@ -328,7 +379,7 @@ def _finish(folder: Path, about: dict, total: int) -> None:
         for rows in batch_rows(total - start, SHARD):
             name = f"{start + rows.start:012}-{start + rows.stop:012}"
             record = json.loads((folder / f"{name}.json").read_text())
-            shards.append({k: record[k] for k in ("name", "start", "stop", "codes", "norms")})
+            shards.append({k: record[k] for k in ("name", "start", "stop", *KINDS)})
         _write_json(folder / "index.json", about | {"shards": shards, "sequences": total})
         for path in [folder / "plan.json", *(folder / f"{part['name']}.json" for part in shards)]:
             path.unlink(missing_ok=True)
@@ -350,12 +401,6 @@ def _refuse_another(folder: Path, plan: dict) -> None:
         return
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _write_json(path: Path, content: dict) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    os.replace(part, path)
+    with whole(path) as part:
+        part.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")

@@ -1,15 +1,18 @@
-"""Which linear maps of a model carry influence, and their shapes."""
+"""Which linear maps of a model carry influence, their shapes, and a word on what is left out."""
 
 from __future__ import annotations
 
 import math
 import re
+import warnings
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 MLP_PATTERN = r"(^|\.)(mlp|feed_forward|ffn)\."
 HEAD_PATTERN = r"(^|\.)(lm_head|embed_out|score|output_projection)$"
 WIDEST = 20_000  # an eigenbasis of this side takes 3.2 GB in float64; a 50k-wide head would take 20 GB and days
+PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # weights in other types are packed
 
 
 def is_linear_map(module: nn.Module) -> bool:
@@ -24,27 +27,59 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
 
 
 def tracked_layers(model: nn.Module, layers: str = "mlp", blocks: int = 1) -> dict[str, nn.Module]:
-    """The linear maps whose weights carry influence, by dotted name, in the model's order.
+    """The linear maps whose weights carry influence.
 
-    `layers`: "mlp" (the paper's choice), "all" (every linear map but the output head), or a regular expression
-    searched in the dotted name. `blocks`: into how many eigenbases each side will be cut.
+    Under "mlp" and "all" a map is left out whose weight is packed in few bits, or frozen in a model that trains others (an
+    adapter's base). A warning says so, with counts, as it does of experts that are fused in one parameter and of a tied head.
 
-    Raises ValueError when nothing matches, when a weight is shared with another module (its gradient would be only half of
-    the truth), or when a side is too wide for an eigenbasis.
+    Args:
+        model: Any module.
+        layers: "mlp" (the paper's choice), "all" (every linear map but the output head), or a regular expression searched in
+            the dotted name.
+        blocks: Into how many eigenbases each side will be cut.
+
+    Returns:
+        Modules by dotted name, in the model's order.
+
+    Raises:
+        ValueError: Nothing matches, a weight is shared with another module (its gradient would be only half of the truth) or
+            packed, or a side is too wide for an eigenbasis.
     """
-    linear = {name: module for name, module in model.named_modules() if is_linear_map(module)}
-    if layers == "mlp":
-        chosen = {name: module for name, module in linear.items() if re.search(MLP_PATTERN, name)}
-    elif layers == "all":
-        chosen = {name: module for name, module in linear.items() if not re.search(HEAD_PATTERN, name)}
+    linear, left = {name: module for name, module in model.named_modules() if is_linear_map(module)}, ""
+    if layers in ("mlp", "all"):
+        asked = {
+            n: m
+            for n, m in linear.items()
+            if (re.search(MLP_PATTERN, n) if layers == "mlp" else not re.search(HEAD_PATTERN, n))
+        }
+        chosen = {name: module for name, module in asked.items() if not _why_left_out(model, module)}
+        left = _left_out(model, layers, chosen)
     else:
         try:
             chosen = {name: module for name, module in linear.items() if re.search(layers, name)}
         except re.error as error:
             raise ValueError(f"layers={layers!r} is not a regular expression: {error}") from error
     if not chosen:
-        names = ", ".join(list(linear)[:6]) or "none"
-        raise ValueError(f"layers={layers!r} matches no linear map; the model's first ones are: {names}")
+        names = left or f"the model's first ones are: {', '.join(list(linear)[:6]) or 'none'}"
+        raise ValueError(f"layers={layers!r} matches no linear map that can be tracked; {names}")
+    if left:
+        warnings.warn(f"layers={layers!r} {left}", stacklevel=2)
+    for name, module in chosen.items():
+        if module.weight.dtype not in PLAIN or module.weight.ndim != 2:  # type: ignore[operator]
+            raise ValueError(
+                f"layer {name!r} has a packed weight ({_kind(module.weight)}): load the model unpacked, or leave it out with a "
+                "narrower `layers` pattern"
+            )
+    _refuse_tied(model, chosen)
+    _refuse_too_wide(chosen, blocks)
+    return chosen
+
+
+def _kind(weight: Tensor | nn.Module) -> str:
+    return str(weight.dtype).removeprefix("torch.")
+
+
+def _refuse_tied(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -55,6 +90,9 @@ def tracked_layers(model: nn.Module, layers: str = "mlp", blocks: int = 1) -> di
                     f"layer {tied!r} shares its weight ({first!r} and {name!r} are tied): its gradient has a part that a "
                     "linear map does not see; leave it out with a narrower `layers` pattern"
                 )
+
+
+def _refuse_too_wide(chosen: dict[str, nn.Module], blocks: int) -> None:
     for name, module in chosen.items():
         widest = math.ceil((max(shape_of(module)) + 1) / blocks)
         if widest > WIDEST:
@@ -63,4 +101,45 @@ def tracked_layers(model: nn.Module, layers: str = "mlp", blocks: int = 1) -> di
                 f"eigenbasis takes {8 * widest**2 / 1e9:.0f} GB, and its eigendecomposition as much again; leave it out "
                 "with a narrower `layers` pattern, or cut the layer into `blocks`"
             )
-    return chosen
+
+
+def _why_left_out(model: nn.Module, module: nn.Module) -> str:
+    """Why "mlp" and "all" leave a linear map out; empty where they do not."""
+    weight = module.weight
+    if weight.dtype not in PLAIN or weight.ndim != 2:  # type: ignore[operator]
+        return f"packed in {_kind(weight)}"
+    if not weight.requires_grad and any(parameter.requires_grad for parameter in model.parameters()):
+        return "frozen, where others are trained"
+    return ""
+
+
+def _left_out(model: nn.Module, layers: str, chosen: dict[str, nn.Module]) -> str:
+    """What `layers` seems to ask for and does not get, with the number of weights, the reason, and an example; else empty."""
+    own = {id(module.weight) for module in chosen.values()}
+    embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    found: dict[str, tuple[int, str]] = {}
+    for name, module in model.named_modules():
+        for part, weight in module.named_parameters(recurse=False):
+            full, linear = f"{name}.{part}", is_linear_map(module)
+            asked = re.search(MLP_PATTERN, full) or (linear and layers == "all")
+            if not asked or weight.ndim < 2 or id(weight) in own or isinstance(module, nn.Embedding):
+                continue
+            if linear and re.search(HEAD_PATTERN, name):
+                why = "tied to the embedding" if id(weight) in embedded else ""
+            elif linear:
+                why = _why_left_out(model, module)
+            else:
+                why = "fused in one parameter" if weight.ndim > 2 else "in no linear map"
+            if why:
+                size, first = found.get(why, (0, full))
+                found[why] = (
+                    size
+                    + (math.prod((module.in_features, module.out_features)) if "packed" in why else weight.numel()),
+                    first,
+                )
+    if not found:
+        return ""
+    tracked = sum(module.weight.numel() for module in chosen.values())  # type: ignore[operator]
+    total = tracked + sum(size for size, _ in found.values())
+    listed = ", ".join(f"{size:,} {why} ({first})" for why, (size, first) in found.items())
+    return f"tracks {tracked:,} of {total:,} {'MLP weights' if layers == 'mlp' else 'weights'}; not tracked: {listed}"

@@ -255,7 +255,7 @@ def _index(s: _Sizes) -> list[Stage]:
     rescoring = asked.operations + scanned.operations
     build = N / s.work.ranks * (gradient + mixing) + pilot / s.work.ranks * (s.passes + s.formed)
     return [
-        Stage("index build", build, s.batch(build_index) + beside + choosing, 0, index + once, index / s.work.ranks),
+        Stage("index build", build, s.batch(build_index) + beside + choosing, 0, index + 8.0 * N + once, index / s.work.ranks),
         Stage("one index query", gradient + mixing + 4.0 * N * dims, s.batch(Index.query, 1) + beside, traffic=index),
         Stage("its rescoring", rescoring, max(asked.memory, scanned.memory) + 4.0 * N),
     ]

@@ -13,22 +13,28 @@ and gone on with (`resume`), and keep only the ends of each query's ranking (`to
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from .directions import Directions, rotated_sides
 from .factors import Factors, Rotator, inverse
+from .files import digest
 from .gradients import Recorder, device_of, frozen
 from .passes import sequence_gradients
 from .processes import all_gather, all_reduce, barrier, rank_and_size, shard
-from .resume import State, digest, witnesses
-from .scores import FORMS, Scores, Source, TopScores, ends
-from .sequences import Progress, batch_rows, count, read_batch
+from .resume import State
+from .scores import FORMS, Scores, TopScores, ends
+from .sequences import Progress, batch_rows, check, corpus_digest, count, gather, read_batch
 
 CHUNKS = 512  # parts of a scan: what a killed one goes on from, and what processes share
+NAMED = 5  # sequences whose scores are not finite, named in a warning
+Parts = dict[str, Tensor]  # values [Q, n] and, where asked for, self_influence [n] and by_layer [Q, n, L]
 
 
 def score(
@@ -49,47 +55,71 @@ def score(
 ) -> Scores:
     """Influence of every sequence on every query.
 
-    queries, sequences: `input_ids` int64 [., T] with optional `loss_mask` bool; a query's mask marks its completion.
-    damping: lambda of each layer as a share of the mean of its eigenvalues (the paper's 0.1).
-    batch_size: sequences read at a time; more are faster where directions are read from a file, once a batch.
-    by_layer: also keep [Q, N, L].
-    self_influence: also keep |phi_n|^2, for RelatIF and cosine. It needs every token in the eigenbasis: where sequences
-        are short against the layers, leaving it out halves the scan.
-    rank: hold query directions at this rank, or at the lowest that keeps their relative error under a number below 1
-        (the paper's query batching); the errors are in the result.
-    memory: bytes of query directions held in memory; beyond it they are read from a temporary file for every batch.
-    corpus_size: sequences of the whole training corpus, default N.
-    resume: a folder (one that all processes see) for the state from which a killed scan goes on, with any number of
-        processes. progress: called with (sequences done, sequences to do).
-
     Under `torchrun` with a process group, ranks share the sequences; all get the same scores.
 
-    Raises ValueError when the factors belong to other layers or shapes than the model's, or a query has no target.
+    Args:
+        model: The one that the factors were fitted on.
+        factors: From `fit_ekfac`.
+        queries: `input_ids` [Q, T], with a `loss_mask` or `labels` [Q, T] that mark each query's completion.
+        sequences: `input_ids` [N, T] with optional `loss_mask`, `labels` or `attention_mask` [N, T] (see `sequences.py`).
+        damping: lambda of each layer as a share of the mean of its eigenvalues (the paper's 0.1).
+        batch_size: Sequences read at a time; more are faster where directions are read from a file, once a batch.
+        by_layer: Also keep [Q, N, L].
+        self_influence: Also keep |phi_n|^2, for RelatIF and cosine. It needs every token in the eigenbasis: where sequences
+            are short against the layers, leaving it out halves the scan.
+        rank: Hold query directions at this rank, or at the lowest that keeps their relative error under a number below 1
+            (the paper's query batching); the errors are in the result.
+        memory: Bytes of query directions held in memory; beyond it they are read from a temporary file for every batch.
+        corpus_size: Sequences of the whole training corpus, default N.
+        resume: A folder (one that all processes see) for the state from which a killed scan goes on, with any number of
+            processes. What was computed of other weights, queries or rows is computed again.
+        progress: Called with (sequences done, sequences to do).
+
+    Returns:
+        The scores. Those that are not finite are warned of, and rank last.
+
+    Raises:
+        ValueError: Factors of other layers or shapes than the model's, a query without a target, sequences that do not say
+            which tokens there are or that the model cannot read.
+
     Cost: one pass over the queries; one over the sequences, each (L + Q) P M' multiplications a layer beyond the model's
     own forward pass and backward pass to the tracked outputs, and L (P^2 + M'^2) more for self_influence.
     """
-    scan = _Scan(model, factors, queries, sequences, damping, batch_size, by_layer, self_influence, rank, memory)
-    total, found = count(sequences), scan.directions.count
-    values = torch.zeros(found, total, dtype=scan.directions.norms.dtype)
+    sweep = Sweep.of(
+        model,
+        factors,
+        queries,
+        sequences,
+        damping=damping,
+        batch_size=batch_size,
+        by_layer=by_layer,
+        norms=self_influence,
+        rank=rank,
+        memory=memory,
+    )
+    total, found = count(sequences), sweep.directions.count
+    values = torch.zeros(found, total, dtype=sweep.directions.norms.dtype)
     norms = torch.zeros(total, dtype=values.dtype) if self_influence else None
-    layer_values = torch.zeros(found, total, len(scan.factors.layers), dtype=values.dtype) if by_layer else None
-    with scan.state(resume, "score") as state:
-        for rows, part in scan.chunks(state, lambda rows, part: part, progress):
+    layer_values = torch.zeros(found, total, len(sweep.factors.layers), dtype=values.dtype) if by_layer else None
+    with sweep.state(resume, "score") as state:
+        for rows, part in sweep.chunks(state, lambda rows, part: part, progress):
             values[:, rows] = part["values"]
             if norms is not None:
                 norms[rows] = part["self_influence"]
             if layer_values is not None:
                 layer_values[:, rows] = part["by_layer"]
         all_reduce([tensor for tensor in (values, norms, layer_values) if tensor is not None])
+    bad = (~values.isfinite()).any(0).nonzero().flatten()
+    warn_of_unusable(len(bad), bad[:NAMED].tolist(), total)
     return Scores(
         values,
         norms,
-        scan.directions.norms,
-        tuple(scan.factors.layers),
+        sweep.directions.norms,
+        tuple(sweep.factors.layers),
         corpus_size or total,
         layer_values,
-        scan.directions.errors,
-        Source(model, factors, queries, sequences, damping),
+        sweep.directions.errors,
+        partial(_tokens_of, model, factors, queries, sequences, damping),
     )
 
 
@@ -111,29 +141,51 @@ def top_scores(
 ) -> TopScores:
     """The k most and k least influential sequences of every query, from one pass that keeps nothing else.
 
-    For corpora whose scores [Q, N] do not fit. form: raw, relatif or cosine. The other arguments are `score`'s.
+    For corpora whose scores [Q, N] do not fit.
+
+    Args:
+        k: How many of either end are kept.
+        form: raw, relatif or cosine.
+
+    The other arguments, and what is raised, are `score`'s.
     """
     if form not in FORMS:
         raise ValueError(f"form={form!r} is not known; choose one of {', '.join(FORMS)}")
     if k < 1:
         raise ValueError(f"k={k!r} must be at least 1")
-    scan = _Scan(model, factors, queries, sequences, damping, batch_size, False, form != "raw", rank, memory)
-    size = corpus_size or count(sequences)
+    sweep = Sweep.of(
+        model,
+        factors,
+        queries,
+        sequences,
+        damping=damping,
+        batch_size=batch_size,
+        norms=form != "raw",
+        rank=rank,
+        memory=memory,
+    )
+    total = count(sequences)
 
-    def both_ends(rows: slice, part: dict[str, Tensor]) -> dict[str, Tensor]:
-        scores = Scores(part["values"], part.get("self_influence"), scan.directions.norms, (), size)
-        values = scores.values if form == "raw" else getattr(scores, form)
-        both = values[:, None].expand(-1, 2, -1)
-        best, places = ends(both, torch.arange(rows.start, rows.stop).expand_as(both), k)
-        return {"values": best, "sequences": places}
+    def both_ends(rows: slice, part: Parts) -> Parts:
+        values = Scores(part["values"], part.get("self_influence"), sweep.directions.norms, (), total).form(form)
+        both, places = values[:, None].expand(-1, 2, -1), torch.arange(rows.start, rows.stop)
+        best, chosen = ends(both, places.expand_as(both), k)
+        return {"values": best, "sequences": chosen, "unusable": places[~values.isfinite().all(0)]}
 
-    nothing = torch.zeros(scan.directions.count, 2, 0, dtype=scan.directions.norms.dtype)
+    nothing = torch.zeros(sweep.directions.count, 2, 0, dtype=sweep.directions.norms.dtype)
     values, rows = ends(nothing, nothing.long(), k)
-    with scan.state(resume, "top", k, form) as state:
-        for _, part in scan.chunks(state, both_ends, progress):
+    unusable = torch.full((NAMED + 1,), total)  # the first ones, and how many there are
+    unusable[-1] = 0
+    with sweep.state(resume, "top", k, form) as state:
+        for _, part in sweep.chunks(state, both_ends, progress):
             values, rows = ends(torch.cat([values, part["values"]], 2), torch.cat([rows, part["sequences"]], 2), k)
+            unusable[:-1] = torch.cat([unusable[:-1], part["unusable"]]).sort().values[:NAMED]
+            unusable[-1] += len(part["unusable"])
         values, rows = ends(torch.cat(list(all_gather(values)), 2), torch.cat(list(all_gather(rows)), 2), k)
-    return TopScores(values, rows, form, size)
+        told = all_gather(unusable)
+    bad = int(told[:, -1].sum())
+    warn_of_unusable(bad, told[:, :-1].flatten().sort().values[: min(bad, NAMED)].tolist(), total)
+    return TopScores(values, rows, form, corpus_size or total)
 
 
 def token_scores(
@@ -144,14 +196,25 @@ def token_scores(
     damping: float = 0.1,
     batch_size: int = 32,
 ) -> Tensor:
-    """Influence of every position of k sequences on one query, [k, T]; row sums are the sequence scores (Eq 31).
+    """Influence of every position of some sequences on one query (Eq 31).
 
     Entry t is Ds_t^T V a_t: what the *updating* position t contributes, through every target it helps predict, first of
-    all token t + 1. `query` holds a single row.
+    all token t + 1.
+
+    Args:
+        query: A single row.
+        sequences: k rows.
+
+    Returns:
+        Token scores [k, T]; row sums are the sequence scores.
+
+    The other arguments, and what is raised, are `score`'s.
     """
     if count(query) != 1:
         raise ValueError(f"token_scores takes one query, got {count(query)} rows")
     check_damping(damping)
+    check(query, model, "query", asking=True)
+    check(sequences, model)
     factors = factors.beside(model)
     directions = Directions(model, factors, query, damping, rotated_sides(factors, 1, 0, True))
     modules, rotator = dict(model.named_modules()), Rotator()
@@ -166,37 +229,85 @@ def token_scores(
     return summed
 
 
-class _Scan:
-    """The pass over the sequences, in parts that processes share and that a folder can keep."""
+def _tokens_of(model, factors, queries, sequences, damping: float, query: int, rows: Sequence[int]) -> Tensor:
+    return token_scores(model, factors, gather(queries, [query]), gather(sequences, rows), damping)
 
-    def __init__(self, model, factors, queries, sequences, damping, batch_size, by_layer, norms, rank, memory) -> None:
+
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """One pass over the sequences for all queries, in parts that processes share and that a folder can keep.
+
+    Args:
+        model: Any that the factors fit.
+        factors: Beside the model (`Factors.beside`).
+        sequences: What is read.
+        directions: Preconditioned query gradients.
+        inverse: By layer the inverse of the damped eigenvalues, for whitened norms; empty without them.
+        batch_size: Sequences read at a time.
+        by_layer: Whether every layer's share is kept.
+        about: All that the results rest on beside weights and sequences.
+    """
+
+    model: nn.Module
+    factors: Factors
+    sequences: Mapping[str, Tensor]
+    directions: Directions
+    inverse: Mapping[str, Tensor]
+    batch_size: int
+    by_layer: bool
+    about: tuple
+
+    @staticmethod
+    def of(
+        model: nn.Module,
+        factors: Factors,
+        queries: Mapping[str, Tensor],
+        sequences: Mapping[str, Tensor],
+        *,
+        damping: float,
+        batch_size: int,
+        by_layer: bool = False,
+        norms: bool = False,
+        rank: int | float | None = None,
+        memory: float = 2e9,
+    ) -> Sweep:
+        """Checks everything and takes the queries' pass. Arguments as `score`'s; `norms`: its self_influence."""
         check_damping(damping)
-        self.model, self.sequences, self.batch_size, self.by_layer = model, sequences, batch_size, by_layer
-        self.about = (queries, damping, batch_size, by_layer, norms, rank)
-        self.factors = factors.beside(model)
-        tokens = count(sequences) * (read_batch(sequences, slice(0, 1)).tokens.shape[1] - 1) if count(sequences) else 0
-        rotated = rotated_sides(self.factors, count(queries), tokens // rank_and_size()[1], norms)
-        self.directions = Directions(model, self.factors, queries, damping, rotated, rank, batch_size, memory)
-        self.inverse = {n: inverse(layer.damped(damping)) for n, layer in self.factors.layers.items()} if norms else {}
+        check(queries, model, "queries", asking=True)
+        check(sequences, model)
+        beside, total = factors.beside(model), count(sequences)
+        tokens = total * (read_batch(sequences, slice(0, 1)).tokens.shape[1] - 1) if total else 0
+        rotated = rotated_sides(beside, count(queries), tokens // rank_and_size()[1], norms)
+        directions = Directions(model, beside, queries, damping, rotated, rank, batch_size, memory)
+        if bad := (~directions.norms.isfinite()).nonzero().flatten().tolist():
+            raise ValueError(
+                f"{len(bad)} of {count(queries)} queries have gradients that are not finite, first query {bad[0]}"
+            )
+        whitening = {n: inverse(layer.damped(damping)) for n, layer in beside.layers.items()} if norms else {}
+        about = (corpus_digest(queries), damping, batch_size, by_layer, norms, rank)
+        return Sweep(model, beside, sequences, directions, whitening, batch_size, by_layer, about)
 
     @contextmanager
     def state(self, folder: str | os.PathLike | None, *purpose: object) -> Iterator[State]:
         """Where finished parts are kept until the whole scan is done."""
-        key = ""
-        if folder is not None:
-            queries, *others = self.about
-            tokens, mask, _ = read_batch(queries, slice(0, count(queries)))
-            curvature = [layer.eigenvalues for layer in self.factors.layers.values()]
-            key = digest(self.model, *witnesses(self.sequences), purpose, others, tokens, mask, *curvature)
+        key = "" if folder is None else digest(self.model, self.factors.fingerprint(), purpose, self.about)
         state = State(folder, key)
         yield state
         barrier()
         state.forget()
 
     def chunks(
-        self, state: State, reduce: Callable[[slice, dict[str, Tensor]], dict[str, Tensor]], progress: Progress | None
-    ) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-        """(sequences, what `reduce` makes of their values [Q, n], self_influence [n] and by_layer [Q, n, L])."""
+        self, state: State, reduce: Callable[[slice, Parts], Parts], progress: Progress | None
+    ) -> Iterator[tuple[slice, Parts]]:
+        """This process's share of the sequences, one part after another.
+
+        Args:
+            state: Where parts are kept: one of other rows is made again.
+            reduce: What to keep of (sequences, their scores).
+
+        Returns:
+            (sequences, what `reduce` made of them).
+        """
         total, rotator = count(self.sequences), Rotator()
         each = self.batch_size * max(1, -(-total // (self.batch_size * CHUNKS)))
         modules = dict(self.model.named_modules())
@@ -204,7 +315,8 @@ class _Scan:
         with frozen(self.model), Recorder({name: modules[name] for name in self.factors.layers}) as recorder:
             for rows in shard(batch_rows(total, each)):
                 name = f"{rows.start:012}-{rows.stop:012}"
-                part = state.load(name)
+                read = "" if state.folder is None else corpus_digest(self.sequences, rows)
+                part = state.load(name, read)
                 if part is None:
                     parts = []
                     for some in batch_rows(rows.stop - rows.start, self.batch_size):
@@ -215,11 +327,11 @@ class _Scan:
                     part = reduce(
                         rows, {n: torch.cat([p[n] for p in parts], int(n != "self_influence")) for n in parts[0]}
                     )
-                    state.save(name, part)
+                    state.save(name, part, read)
                 done += rows.stop - rows.start
                 yield rows, part
 
-    def _batch(self, recorder: Recorder, rotator: Rotator, rows: slice) -> dict[str, Tensor]:
+    def _batch(self, recorder: Recorder, rotator: Rotator, rows: slice) -> Parts:
         batch = read_batch(self.sequences, rows, device := device_of(self.model))
         shares, norms = [], []
         for name, found in sequence_gradients(self.model, recorder, batch)[0].items():
@@ -238,3 +350,13 @@ def check_damping(damping: float) -> None:
     """Raise ValueError unless damping is a number >= 0."""
     if not damping >= 0:
         raise ValueError(f"damping={damping!r} must be zero or positive: it is a share of the mean eigenvalue")
+
+
+def warn_of_unusable(number: int, first: list[int], total: int) -> None:
+    """Say that some sequences have scores that are not finite, and which."""
+    if number:
+        named = ", ".join(map(str, first)) + (" ..." if number > len(first) else "")
+        warnings.warn(
+            f"{number} of {total} sequences have scores that are not finite (sequences {named}): they rank last",
+            stacklevel=3,
+        )

@@ -121,7 +121,9 @@ def beside_training(asked, model, factors, queries, sequences) -> dict[str, floa
     batch_size = inspect.signature(scoring.score).parameters["batch_size"].default
     twice = {"input_ids": torch.cat([queries["input_ids"]] * 2)}
     prepared = {
-        name: scoring._Scan(model, factors, some, sequences, 0.1, batch_size, False, norms, None, 4e9)
+        name: scoring.Sweep.of(
+            model, factors, some, sequences, damping=0.1, batch_size=batch_size, norms=norms, memory=4e9
+        )
         for name, some, norms in (
             ("scan", queries, False),
             ("scan, queries doubled", twice, False),

@@ -184,7 +184,7 @@ def test_killed_append_leaves_the_index_and_goes_on(tiny, tmp_path):
     assert sorted(p.suffix for p in tmp_path.iterdir() if p.suffix in (".part", ".json")) == [".json"]
 
 
-@pytest.mark.parametrize("kind", ["codes", "norms", "safetensors"])
+@pytest.mark.parametrize("kind", ["codes", "norms", "rows", "safetensors"])
 def test_a_damaged_file_is_named(tiny, tmp_path, kind):
     model, factors = tiny
     build_index(model, factors, random_sequences(20), tmp_path)
@@ -324,7 +324,8 @@ def test_a_hundred_thousand_sequences_are_read_in_bounded_memory(tiny, tmp_path,
         name = f"{start:012}-{stop:012}"
         (tmp_path / f"{name}.codes").write_bytes(codes[: stop - start].tobytes())
         (tmp_path / f"{name}.norms").write_bytes(norms[: stop - start].tobytes())
-        shards.append({"name": name, "start": start, "stop": stop, "codes": "", "norms": ""})
+        (tmp_path / f"{name}.rows").write_bytes(bytes(8 * (stop - start)))
+        shards.append({"name": name, "start": start, "stop": stop, "codes": "", "norms": "", "rows": ""})
     (tmp_path / "index.json").write_text(json.dumps(index.about | {"shards": shards, "sequences": 100_000}))
     index = Index.open(tmp_path, verify=False)
     tracemalloc.start()
@@ -365,7 +366,7 @@ def in_every_process(folder: Path) -> None:
 
 def test_two_processes_write_what_one_writes(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    path = f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parents[1]}"
+    path = f"{Path(__file__).parents[1]}{os.pathsep}{Path(__file__).parents[2]}"
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command += [__file__, str(tmp_path / "two")]
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
@@ -375,7 +376,7 @@ def test_two_processes_write_what_one_writes(tmp_path):
     one = build_index(model, two.factors, data, tmp_path / "one", bytes_per_sequence=72)
     one = one.append(model, random_sequences(20, seed=9))
     assert torch.equal(one.projection["kept"], two.projection["kept"])
-    for kind in ("codes", "norms"):
+    for kind in ("codes", "norms", "rows"):
         written = [b"".join(p.read_bytes() for p in sorted(i.folder.glob(f"*.{kind}"))) for i in (one, two)]
         assert written[0] == written[1]
 

@@ -294,7 +294,7 @@ def test_tokens_of_a_few_sequences_without_another_scan():
     from dataclasses import replace
 
     with pytest.raises(ValueError, match="do not know their model"):
-        replace(scores, source=None).per_token(0, [1])
+        replace(scores, tokens_of=None).per_token(0, [1])
 
 
 def _row(data, rows):
