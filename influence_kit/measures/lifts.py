@@ -1,9 +1,11 @@
 """Where planted documents land in a ranking: lifts, mass shares, ranks, AUC, recall and precision.
 
-Scores are `[Q, N]`, a row per query and a column per training sequence of the scan. A *tier* (`member`) is a set of
-sequences given as booleans, `[Q, N]` when it depends on the query and `[N]` when it does not. Near convergence signed
+Scores are [Q, N], a row per query and a column per training sequence of the scan. A *tier* (`member`) is a set of
+sequences given as booleans, [Q, N] when it depends on the query and [N] when it does not. Near convergence signed
 averages of a class cancel, so everything here reads the ends of the ranking; `two_sided=True` reads |scores|.
 """
+
+from __future__ import annotations
 
 import math
 
@@ -16,7 +18,7 @@ def top_count(n: int, fraction: float) -> int:
     """Number of sequences in the top `fraction` of `n`: ceil(fraction * n), at least 1.
 
     Raises:
-        UserError: `fraction` outside (0, 1].
+        UserError: The fraction is outside (0, 1].
     """
     if not 0 < fraction <= 1:
         raise UserError(f"The fraction {fraction} is not a share of the scan; give a number above 0 and up to 1.")
@@ -53,30 +55,37 @@ def _top_k(values: np.ndarray, k: int) -> np.ndarray:
 
 
 def top_members(scores, fraction: float = 0.01, two_sided: bool = False) -> np.ndarray:
-    """Which sequences are each query's top `fraction`, bool `[Q, N]`, exactly ceil(fraction * N) a row.
+    """Which sequences are each query's top `fraction`, exactly ceil(fraction * N) a row.
 
     Args:
-        scores: `[Q, N]`, any unit.
-        two_sided: take the largest |scores| instead of the largest scores.
+        scores: [Q, N], any unit.
+        fraction: Share of the scan, in (0, 1].
+        two_sided: Take the largest |scores| instead of the largest scores.
+
+    Returns:
+        bool [Q, N].
 
     Raises:
-        UserError: nan among the scores, or `fraction` outside (0, 1].
+        UserError: nan among the scores, or a fraction outside (0, 1].
     """
     scores = _rows(scores)
     return _top_k(np.abs(scores) if two_sided else scores, top_count(scores.shape[1], fraction))
 
 
 def lift(scores, member, fraction: float = 0.01, two_sided: bool = False) -> np.ndarray:
-    """Share of the tier in each query's top `fraction`, over its share in the scan: `[Q]`, 1 is chance.
-
-    The largest possible value is min(1 / fraction, N / tier size); nan where the tier is empty.
+    """Share of the tier in each query's top `fraction`, over its share in the scan: 1 is chance.
 
     Args:
-        scores: `[Q, N]`.
-        member: bool `[Q, N]` or `[N]`.
+        scores: [Q, N].
+        member: The tier, bool [Q, N] or [N].
+        fraction: Share of the scan, in (0, 1].
+        two_sided: As in `top_members`.
+
+    Returns:
+        [Q], at most min(1 / fraction, N / tier size); nan where the tier is empty.
 
     Raises:
-        UserError: nan among the scores, shapes that do not fit, or `fraction` outside (0, 1].
+        UserError: nan among the scores, shapes that do not fit, or a fraction outside (0, 1].
     """
     scores = _rows(scores)
     member = _tier(member, scores.shape)
@@ -85,17 +94,22 @@ def lift(scores, member, fraction: float = 0.01, two_sided: bool = False) -> np.
 
 
 def mass_share(scores, member, fraction: float | None = 0.01, two_sided: bool = False) -> np.ndarray:
-    """Share of the influence mass of each query's top `fraction` that the tier holds: `[Q]` in [0, 1].
+    """Share of the influence mass of each query's top `fraction` that the tier holds.
 
-    Mass is the sum of positive scores, or of |scores| when `two_sided`. `fraction=None` takes the whole scan. The
-    quotient of two tiers' mass shares is their mass ratio. nan where the top holds no mass at all.
+    Mass is the sum of positive scores, or of |scores| when `two_sided`. The quotient of two tiers' mass shares is their
+    mass ratio.
 
     Args:
-        scores: `[Q, N]`.
-        member: bool `[Q, N]` or `[N]`.
+        scores: [Q, N].
+        member: The tier, bool [Q, N] or [N].
+        fraction: Share of the scan, in (0, 1]; None takes all of it.
+        two_sided: As in `top_members`.
+
+    Returns:
+        [Q] in [0, 1]; nan where the top holds no mass at all.
 
     Raises:
-        UserError: nan among the scores, shapes that do not fit, or `fraction` outside (0, 1].
+        UserError: nan among the scores, shapes that do not fit, or a fraction outside (0, 1].
     """
     scores = _rows(scores)
     member = _tier(member, scores.shape)
@@ -106,7 +120,7 @@ def mass_share(scores, member, fraction: float | None = 0.01, two_sided: bool = 
 
 
 def _positive_mask(positives, shape: tuple[int, int]) -> np.ndarray:
-    """Indices `[Q]` (-1: none) or booleans `[Q, N]` as booleans `[Q, N]`."""
+    """Indices [Q] (-1: none) or booleans [Q, N] as booleans [Q, N]."""
     positives = np.asarray(positives)
     if positives.dtype == bool:
         return _tier(positives, shape)
@@ -124,14 +138,17 @@ def _positive_mask(positives, shape: tuple[int, int]) -> np.ndarray:
 
 
 def ranks(scores, positives) -> np.ndarray:
-    """Rank of each query's positive, 1 for the highest score: float `[Q]`.
+    """Rank of each query's positive, 1 for the highest score.
 
     Ties share their middle rank, so that constant scores do not rank anything first. With several positives the best
-    one counts; nan where a query has none.
+    one counts.
 
     Args:
-        scores: `[Q, N]`.
-        positives: the positive's column, int `[Q]` (-1: none), or bool `[Q, N]`.
+        scores: [Q, N].
+        positives: The positive's column, int [Q] (-1: none), or bool [Q, N].
+
+    Returns:
+        float [Q]; nan where a query has none.
 
     Raises:
         UserError: nan among the scores, or positives outside the scan.
@@ -144,13 +161,16 @@ def ranks(scores, positives) -> np.ndarray:
 
 
 def auc(scores, positive) -> float | np.ndarray:
-    """Probability that a positive outranks a negative, ties counted half: float for `[N]`, `[Q]` for `[Q, N]`.
+    """Probability that a positive outranks a negative, ties counted half.
 
-    This is the Mann-Whitney U statistic over the product of the class sizes; nan where a class is empty.
+    This is the Mann-Whitney U statistic over the product of the class sizes.
 
     Args:
-        scores: `[N]` or `[Q, N]`.
-        positive: bool, the shape of `scores`, or `[N]` for all queries alike.
+        scores: [N] or [Q, N].
+        positive: bool, the shape of `scores`, or [N] for all queries alike.
+
+    Returns:
+        float for [N], [Q] for [Q, N]; nan where a class is empty.
 
     Raises:
         UserError: nan among the scores, or shapes that do not fit.
@@ -177,11 +197,15 @@ def _top_hits(scores, positives, k: int) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 def recall_at(scores, positives, k: int) -> np.ndarray:
-    """Share of each query's positives among its k highest scores: `[Q]`; 0 or 1 with one positive, nan with none.
+    """Share of each query's positives among its k highest scores.
 
     Args:
-        scores: `[Q, N]`.
-        positives: int `[Q]` (-1: none), or bool `[Q, N]` or `[N]`.
+        scores: [Q, N].
+        positives: int [Q] (-1: none), or bool [Q, N] or [N].
+        k: How many sequences are the top; all N when it is larger.
+
+    Returns:
+        [Q]; 0 or 1 with one positive, nan with none.
 
     Raises:
         UserError: nan among the scores, positives outside the scan, or k below 1.
@@ -191,9 +215,6 @@ def recall_at(scores, positives, k: int) -> np.ndarray:
 
 
 def precision_at(scores, positives, k: int) -> np.ndarray:
-    """Share of positives among each query's k highest scores (all N when k is larger): `[Q]`, nan with no positive.
-
-    Arguments and errors as in `recall_at`.
-    """
+    """Share of positives among each query's k highest scores, [Q]; nan with no positive. Otherwise as `recall_at`."""
     hits, size, k = _top_hits(scores, positives, k)
     return np.where(size > 0, hits / k, np.nan)
