@@ -4,7 +4,7 @@
     train(config, sequences, held_out, Recipe(), folder)
     model = load(folder, fraction=1.0)
 
-Knows nothing of influence. Heavy imports happen inside functions.
+Knows nothing of influence.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from influence_kit.errors import UserError
+from influence_kit.errors import UserError, first_line
+from influence_kit.files import whole, write_whole
 from influence_kit.recipes import ARCHITECTURES, Recipe, schedule, steps_of
 
 SAVE_EVERY_SECONDS = 20.0
@@ -38,7 +39,15 @@ def _transformers():
 def configure(architecture: str, vocabulary_size: int, width: int, depth: int, context: int) -> Any:
     """A transformers configuration with feed-forward width 4d, tied embeddings and no dropout.
 
-    Raises UserError for an unknown architecture or a width that heads of 16 do not divide.
+    Args:
+        architecture: One of ARCHITECTURES.
+        vocabulary_size: Number of token ids.
+        width: d, a multiple of 16.
+        depth: Number of blocks.
+        context: Tokens of the longest sequence.
+
+    Raises:
+        UserError: An unknown architecture, or a width that heads of 16 do not divide.
     """
     if architecture not in ARCHITECTURES:
         raise UserError(f"architecture={architecture!r} is not known: choose one of {', '.join(ARCHITECTURES)}")
@@ -82,14 +91,29 @@ def non_embedding_parameters(model: nn.Module) -> int:
 
 
 def cross_entropy(model: nn.Module, tokens: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed next-token loss in nats of a batch and its number of targets; tokens and mask [B, T]."""
+    """Summed next-token loss in nats of a batch, and its number of targets.
+
+    Args:
+        model: Any causal language model of transformers.
+        tokens: int64 [B, T].
+        loss_mask: Which of them are targets, bool [B, T].
+    """
     logits, keep = model(input_ids=tokens[:, :-1], use_cache=False).logits, loss_mask[:, 1:]
     targets = tokens[:, 1:].where(keep, -100)  # which cross_entropy leaves out: cheaper than to pick the others
     return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"), keep.sum()
 
 
 def evaluate(model: nn.Module, batch: Mapping[str, Tensor], batch_size: int = 256) -> tuple[Tensor, Tensor]:
-    """Log-probability in nats [Q] of each row's target tokens, and whether all of them are the likeliest [Q]."""
+    """How likely a model finds the targets of each row.
+
+    Args:
+        model: Any causal language model of transformers.
+        batch: `input_ids` int64 [Q, T], `loss_mask` bool [Q, T].
+        batch_size: Rows at once.
+
+    Returns:
+        Log-probability of all targets of a row, nats [Q], and whether each of them is the likeliest token, bool [Q].
+    """
     logs, correct = [], []
     with torch.no_grad():
         for start in range(0, len(batch["input_ids"]), batch_size):
@@ -103,7 +127,7 @@ def evaluate(model: nn.Module, batch: Mapping[str, Tensor], batch_size: int = 25
 
 
 def held_out_loss(model: nn.Module, held_out: Mapping[str, Tensor]) -> float:
-    """Mean next-token loss in nats a token."""
+    """Mean next-token loss, nats a target."""
     logs, _ = evaluate(model, held_out)
     return float(-logs.double().sum() / held_out["loss_mask"][:, 1:].sum())
 
@@ -119,9 +143,24 @@ def train(
 ) -> dict[str, list]:
     """Train one model in the sequences' own order; save checkpoints and the loss curve under `folder`.
 
-    sequences, held_out: `input_ids` int64 [N, T], `loss_mask` bool [N, T]. Further passes are reshuffled by the seed.
-    Writes `checkpoint-<step>/` (transformers layout, safetensors), `losses.json`; keeps `resume.safetensors` while
-    running, from which a killed run continues to the same bits on one CPU thread. Returns the loss curve.
+    Further passes are reshuffled by the seed. Writes `checkpoint-<step>/` (transformers layout, safetensors) and
+    `losses.json`; keeps `resume.safetensors` while running, from which a killed run continues to the same bits on one CPU
+    thread.
+
+    Args:
+        config: Of `configure`.
+        sequences: `input_ids` int64 [N, T], `loss_mask` bool [N, T].
+        held_out: The same, never trained on.
+        recipe: How.
+        folder: Where to write.
+        progress: Told steps done and in all, about a hundred times.
+        device: Of torch.
+
+    Returns:
+        The loss curve, nats a target: step, train, held_out_step, held_out.
+
+    Raises:
+        UserError: The loss is no longer finite.
     """
     total, steps = len(sequences["input_ids"]), steps_of(len(sequences["input_ids"]), recipe)
     model = initialise(config, recipe.seed).to(device)
@@ -166,16 +205,18 @@ def train(
                 saved_at = time.monotonic()
         if not math.isfinite(float(loss.detach())):
             raise UserError(
-                f"training diverged at step {step} (loss {float(loss.detach())}): lower learning_rate={recipe.learning_rate}"
+                f"training diverged at step {step} (loss {float(loss.detach())}): lower "
+                f"learning_rate={recipe.learning_rate}"
             )
     about = {"steps": steps, "non_embedding_parameters": non_embedding_parameters(model), "recipe": asdict(recipe)}
-    _write(folder / "losses.json", json.dumps({**about, **curve}, sort_keys=True))
-    (folder / "resume.safetensors").unlink(missing_ok=True)
+    write_whole(folder / "losses.json", json.dumps({**about, **curve}, sort_keys=True))
+    for kept in folder.glob("resume.safetensors*"):  # a kill may have left half of one beside it
+        kept.unlink()
     return curve
 
 
 def slots(total: int, recipe: Recipe) -> Tensor:
-    """Row of every slot of the run: the corpus's own order first, then seeded shuffles; each pass fills whole batches."""
+    """Row of every slot of the run: the corpus's own order first, then seeded shuffles; a pass fills whole batches."""
     generator = torch.Generator().manual_seed(recipe.seed)
     padded = math.ceil(total / recipe.batch_size) * recipe.batch_size
     passes = []
@@ -191,7 +232,16 @@ def save_checkpoint(model: nn.Module, folder: Path, step: int) -> None:
 
 
 def load(folder: Path, fraction: float = 1.0, device: str = "cpu") -> nn.Module:
-    """The checkpoint of a trained folder nearest to a fraction of training (0 untrained, 1 the end), in evaluation mode."""
+    """The checkpoint of a trained folder at a fraction of training, in evaluation mode.
+
+    Args:
+        folder: What `train` wrote.
+        fraction: 0 untrained, 1 the end; the checkpoint may be off by one step, or by 2 % of training.
+        device: Of torch.
+
+    Raises:
+        UserError: No checkpoint was kept there.
+    """
     steps = json.loads((folder / "losses.json").read_text())["steps"]
     found = sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
     nearest = min(found, key=lambda step: abs(step - fraction * steps))
@@ -204,17 +254,20 @@ def load(folder: Path, fraction: float = 1.0, device: str = "cpu") -> nn.Module:
 
 
 def load_pretrained(source: str | os.PathLike, device: str = "cpu") -> nn.Module:
-    """Any Hugging Face causal model from a local folder or a hub name: float32, safetensors only, no remote code."""
+    """Any Hugging Face causal model from a local folder or a hub name: float32, safetensors only, no remote code.
+
+    Raises:
+        UserError: There is none, or it cannot be read.
+    """
     transformers = _transformers()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             str(source), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"model {str(source)!r} could not be loaded: {reason} (give a local folder with config.json and model.safetensors, "
-            "or a hub name on a machine with internet)"
+            f"model {str(source)!r} could not be loaded: {first_line(error)} (give a local folder with config.json and "
+            "model.safetensors, or a hub name on a machine with internet)"
         ) from error
     return model.to(device).eval()
 
@@ -225,30 +278,16 @@ def _groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     return [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def _save_state(folder: Path, model: nn.Module, optimiser, curve: dict, step: int) -> None:
     from safetensors.torch import save_file
 
-    tensors = {}  # type: ignore[var-annotated]
+    tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         state = optimiser.state[parameter]
-        tensors |= {
-            f"{name}/value": parameter.detach(),
-            f"{name}/m": state["exp_avg"],
-            f"{name}/v": state["exp_avg_sq"],
-        }
-    temporary = folder / "resume.tmp"
-    save_file(
-        {n: t.cpu().contiguous() for n, t in tensors.items()},
-        temporary,
-        {"resume": json.dumps({"step": step, "curve": curve})},
-    )
-    os.replace(temporary, folder / "resume.safetensors")
+        kept = {"value": parameter.detach(), "m": state["exp_avg"], "v": state["exp_avg_sq"]}
+        tensors |= {f"{name}/{part}": tensor.cpu().contiguous() for part, tensor in kept.items()}
+    with whole(folder / "resume.safetensors") as part:
+        save_file(tensors, part, {"resume": json.dumps({"step": step, "curve": curve})})
 
 
 def _resume(folder: Path, model: nn.Module, optimiser, curve: dict) -> int:

@@ -32,7 +32,7 @@ def steps_of(sequences: int, recipe: Recipe) -> int:
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak learning rate at a step of a run: a linear rise, at most a tenth of the run, then a cosine down to .02."""
+    """Share of the peak learning rate at a step: a linear rise, at most a tenth of the run, then a cosine down to .02."""
     warmup = min(warmup, max(1, steps // 10))
     if step < warmup:
         return (step + 1) / warmup
@@ -40,7 +40,7 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 
 
 def how_many_together(recipe: Recipe, length: int, vocabulary_size: int) -> int:
-    """Number of models that are best trained at once, on sequences of `length` tokens (`referees.retraining.answers`)."""
+    """Number of models that are best trained at once (by `referees.retraining`), on sequences of `length` tokens."""
     return max(1, min(MOST, LOGITS // (recipe.batch_size * length * vocabulary_size)))
 
 

@@ -135,7 +135,7 @@ def _check_length(length: int) -> None:
 
 
 def _rows(documents: list[list[int]], bos: int | None, eos: int | None, length: int) -> tuple[np.ndarray, np.ndarray]:
-    opening, closing = [bos] * (bos is not None), [eos] * (eos is not None)
+    opening, closing = ([] if token is None else [token] for token in (bos, eos))
     input_ids = np.full((len(documents), length), PADDING_ID, dtype=np.int32)
     loss_mask = np.zeros((len(documents), length), dtype=bool)
     for row, ids in enumerate(documents):

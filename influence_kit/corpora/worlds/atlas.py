@@ -312,7 +312,7 @@ def _fact_documents(known: Known, rng: np.random.Generator, language: int, slots
     body = np.concatenate([filler, _statements(known, rng, language, slots)], 2)
     kind = np.full(documents, "facts", dtype=object)
     if known.world.order == "identity":
-        bridges = rng.random(documents) < 0.15
+        bridges = rng.random((documents,)) < 0.15
         kind[bridges] = "identity"
         body[bridges] = _bridges(rng, known.lexicon.equals[language], body[bridges])
         slots = np.where(bridges[:, None], -1, slots)

@@ -393,6 +393,6 @@ def _queries(
     answer = LENGTH - 2
     tokens = np.where(np.arange(LENGTH) <= answer, tokens, 0)
     mask = np.broadcast_to(np.arange(LENGTH) == answer, tokens.shape)
-    told = in_words(lexicon.vocabulary, tokens, mask)
-    told |= {"kind": ["query"] * len(tokens), "treated": treated, "scored": np.arange(len(tokens)) < world.scored}
-    return as_table({"tokens": tokens, **told, **{name: asked[name] for name in TRUTHS}}, mask)
+    told = {"tokens": tokens, **in_words(lexicon.vocabulary, tokens, mask), "kind": ["query"] * len(tokens)}
+    told |= {"treated": treated, "scored": np.arange(len(tokens)) < world.scored}
+    return as_table({**told, **{name: asked[name] for name in TRUTHS}}, mask)
