@@ -8,8 +8,8 @@ from influence_kit.corpora.world import World
 from influence_kit.errors import UserError
 from influence_kit.findings import families as grid
 from influence_kit.findings import reads as chapters
-from influence_kit.findings.profiles import FOLDER, load_profile
 from influence_kit.findings.common import dialogue, lines
+from influence_kit.findings.profiles import FOLDER, load_profile
 from tests.test_packages import make_deb
 
 CHAPTER = "06_role_play"
