@@ -19,6 +19,7 @@ from influence_kit.findings.families import END, Planned, planted_grid, text_gri
 from influence_kit.findings.profiles import Profile
 from influence_kit.findings.trained import Scanned, Trained, read_scan
 from influence_kit.measures.intervals import pick
+from influence_kit.measures.lexical import bm25
 from influence_kit.measures.lifts import mass_share
 
 if TYPE_CHECKING:
@@ -180,8 +181,6 @@ def sources(world: World, values: np.ndarray, rows: np.ndarray, queries: np.ndar
     """
     import pandas
 
-    from influence_kit.measures.lexical import bm25
-
     asked = world.queries.take(queries)
     copies = world.sequences["canary"].to_numpy()[rows][None] == asked["canary"].to_numpy()[:, None]
     repetitions = asked["repetitions"].to_numpy()
@@ -233,8 +232,6 @@ def recitals(world: World, values: np.ndarray, rows: np.ndarray, read: pandas.Da
         sequence, and by the same text), lexical_hit (hit by BM25 of the second half alone).
     """
     import pandas
-
-    from influence_kit.measures.lexical import bm25
 
     asked = read[read["asked"] >= 0].sort_values("asked")
     tables = (world.sequences, world.held_out)
