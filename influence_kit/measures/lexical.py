@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from influence_kit.corpora.world import World, token_matrix
 from influence_kit.errors import UserError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from scipy.sparse import csr_array
 
 # Rows of token ids, or the sparse counts of `token_counts`: no type covers both.
@@ -162,3 +164,22 @@ def shares_tokens(queries: Rows, documents: Rows, rarer_than: float = 0.05) -> n
     queries, documents = _aligned(queries, documents)
     rare = document_frequency(documents) < rarer_than * documents.shape[0]
     return (_present(queries).multiply(rare[None]).tocsr() @ _present(documents).T).toarray() > 0
+
+
+def words(table: pa.Table) -> list[list[int]]:
+    """Token ids of each row of a world's table up to its last target, without the first (a document's start)."""
+    last = [int(np.flatnonzero(mask)[-1]) for mask in token_matrix(table, "loss_mask")]
+    return [row[1 : end + 1].tolist() for row, end in zip(token_matrix(table), last, strict=True)]
+
+
+def target_counts(table: pa.Table, vocabulary_size: int | None = None, ignore: Sequence[int] = ()) -> csr_array:
+    """`token_counts` of the targets of each row of a world's table: of a query, what is answered and not what is asked."""
+    return token_counts(token_matrix(table), token_matrix(table, "loss_mask"), vocabulary_size, ignore)
+
+
+def overlap(world: World, rows: np.ndarray, queries: np.ndarray, k1: float = 1.5, b: float = 0.0) -> np.ndarray:
+    """TF-IDF score [Q, N] of the sequences at `rows` for prompt and completion of the queries at `queries`.
+
+    Equation 28 and 29 of the paper (k1 = 1.5, no length normalisation); b above 0 makes it BM25.
+    """
+    return bm25(words(world.queries.take(queries)), words(world.sequences.take(rows)), k1, b)

@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from influence_kit.corpora.texts.parallel import aligned
-from influence_kit.corpora.world import World, token_matrix
-from influence_kit.corpora.worlds import atlas, ladder
-from influence_kit.errors import UserError
-from influence_kit.measures.lexical import bm25
+from influence_kit.corpora.world import World
+from influence_kit.measures.lexical import overlap
 from influence_kit.measures.lifts import top_count, top_members
+from influence_kit.measures.relations import relations
 
 if TYPE_CHECKING:
     import pandas
@@ -66,41 +64,6 @@ def _all_kept(above: np.ndarray, level: np.ndarray, members: np.ndarray, k: int)
     return np.array(found)
 
 
-def relations(world: World, rows: np.ndarray, queries: np.ndarray) -> dict[str, np.ndarray]:
-    """What the sequences at `rows` are to the queries at `queries`: bool [Q, N] by kind, every pair in just one kind.
-
-    Raises UserError for a world whose relations are not known.
-    """
-    if world.name == "atlas":
-        copies = world.sequences["canary"].to_numpy()[rows][None] == world.queries["canary"].to_numpy()[queries][:, None]
-        kinds = {"verbatim": copies & (world.queries["canary"].to_numpy()[queries] >= 0)[:, None]}
-        own, other = (tier[queries] for tier in atlas.supporters(world, rows))
-        same_name = np.logical_or(*(tier[queries] for tier in atlas.namesakes(world, rows)))
-        kinds |= {"same fact, same language": own, "same fact, other language": other, "same name only": same_name}
-    elif world.name == "ladder":
-        tiers = {name: tier[queries] for name, tier in ladder.tiers(world, rows).items()}
-        kinds = {"same rule, shared agent or event": tiers["T1"], "same rule, shared answer": tiers["T2"]}
-        kinds |= {"same rule, nothing shared": tiers["T3"]}
-        kinds["other rule, shared word"] = tiers["T0r"] | tiers["T0a"] | tiers["T0e"]
-    elif world.name == "realtext":
-        places = np.stack([place[queries] for place in aligned(world, rows).values()])
-        kinds = {"translation": (np.arange(len(rows)) == places[..., None]).any(0)}
-        asked, spoken = (table["language"].to_numpy(zero_copy_only=False) for table in (world.queries, world.sequences))
-        kinds["same language"] = asked[queries][:, None] == spoken[rows][None]
-    else:
-        raise UserError(f"no relations are known in the world {world.name!r}: atlas, ladder and realtext have them")
-    rest = "other language" if world.name == "realtext" else "unrelated"
-    return kinds | {rest: ~np.logical_or.reduce(list(kinds.values()))}
-
-
-def overlap(world: World, rows: np.ndarray, queries: np.ndarray, k1: float = 1.5, b: float = 0.0) -> np.ndarray:
-    """TF-IDF score [Q, N] of the sequences at `rows` for prompt and completion of the queries at `queries`.
-
-    Equation 28 and 29 of the paper (k1 = 1.5, no length normalisation); b above 0 makes it BM25.
-    """
-    return bm25(_words(world.queries.take(queries)), _words(world.sequences.take(rows)), k1, b)
-
-
 def prefilter(
     world: World,
     values: np.ndarray,
@@ -128,13 +91,13 @@ def prefilter(
         passes = _share_kept(*places, number)
         for name, member in kinds.items():
             both = top & member
-            about = {"query": queries, "share": share, "relation": name, "top": both.sum(1), "kept": (both * passes).sum(1)}
+            about = {
+                "query": queries,
+                "share": share,
+                "relation": name,
+                "top": both.sum(1),
+                "kept": (both * passes).sum(1),
+            }
             whole = _all_kept(*places, top, number) if name == ALL else np.nan
             found.append(pandas.DataFrame({**about, "whole": whole}))
     return pandas.concat(found, ignore_index=True)
-
-
-def _words(table) -> list[list[int]]:
-    """Token ids of each row up to its last target, without the first (a document's start)."""
-    last = [int(np.flatnonzero(mask)[-1]) for mask in token_matrix(table, "loss_mask")]
-    return [row[1 : end + 1].tolist() for row, end in zip(token_matrix(table), last, strict=True)]

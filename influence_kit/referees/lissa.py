@@ -18,6 +18,9 @@ from influence_kit.engine.sequences import count
 from influence_kit.errors import UserError
 from influence_kit.referees.curvature import GaussNewton
 
+BATCHES, STEPS = 4, 10  # of power iteration, for the scale
+HALVINGS = 4  # of that scale, before LiSSA is given up
+
 
 def minibatch(curvature: GaussNewton, size: int, generator: torch.Generator) -> Tensor:
     """Positions int64 [size] of sequences drawn without replacement. Raises UserError for a size that there is not."""
@@ -29,7 +32,9 @@ def minibatch(curvature: GaussNewton, size: int, generator: torch.Generator) -> 
     return torch.randperm(total, generator=generator)[:size]
 
 
-def top_eigenvalue(curvature: GaussNewton, batch_size: int, batches: int = 4, steps: int = 10, seed: int = 0) -> float:
+def top_eigenvalue(
+    curvature: GaussNewton, batch_size: int, batches: int = BATCHES, steps: int = STEPS, seed: int = 0
+) -> float:
     """The largest eigenvalue of G~ + lambda over several minibatches, by `steps` of power iteration on each (a lower bound).
 
     Raises UserError for a minibatch larger than the sample.
@@ -75,3 +80,17 @@ def lissa(
         if step in depths:
             kept.append(scale * r)
     return torch.stack(kept)
+
+
+def tuned(
+    curvature: GaussNewton, vectors: Tensor, depths: Sequence[int], batch_size: int, seed: int = 0
+) -> tuple[float, Tensor]:
+    """LiSSA at the largest scale that power iteration calls safe, or half of it, and so on, where a minibatch is steeper than those
+    that power iteration saw: (scale, what `lissa` returns). Raises UserError where HALVINGS do not help."""
+    scale = 1 / top_eigenvalue(curvature, batch_size, seed=seed)
+    for _ in range(HALVINGS):
+        try:
+            return scale, lissa(curvature, vectors, depths, scale, batch_size, seed)
+        except UserError:
+            scale /= 2
+    return scale, lissa(curvature, vectors, depths, scale, batch_size, seed)

@@ -4,7 +4,7 @@ The linear datamodelling score (Park et al. 2023, TRAK) asks of any method: do t
 half rank the halves as the retrained models' answers do?
 
 Models of a few thousand weights spend their training waiting for Python, so that many of them are trained in the time of a
-few: `answers` stacks their weights and takes each step for all of them at once.
+few: `answers` stacks their weights and takes each step for all of them at once; `answers_of_all` trains as many such groups as it takes.
 """
 
 from __future__ import annotations
@@ -12,16 +12,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from influence_kit import models
+from influence_kit.corpora.world import World, batch_of
 from influence_kit.errors import UserError
-from influence_kit.recipes import Recipe, schedule
+from influence_kit.files import whole
+from influence_kit.recipes import Recipe, how_many_together, schedule, tuples
+
+APART = 1000  # between the seeds of repeated trainings: worlds count theirs in ones
 
 
 def random_halves(total: int, subsets: int, seed: int) -> np.ndarray:
@@ -60,7 +66,9 @@ def answers(
     order = torch.stack([rows[k][models.slots(total, recipes[k])] for k in range(number)])
     batches = order.split(recipe.batch_size, 1)
     config = copy.deepcopy(config)
-    config._attn_implementation = "eager"  # the fused kernels know no stacked models and would be called for each of them
+    config._attn_implementation = (
+        "eager"  # the fused kernels know no stacked models and would be called for each of them
+    )
     model = models.initialise(config, recipes[0].seed).to(device).train()
     weights = _stacked(config, recipes, device)
     optimiser = _optimiser(weights, recipe)
@@ -83,16 +91,22 @@ def answers(
 
 def _stacked(config: Any, recipes: Sequence[Recipe], device: str) -> dict[str, Tensor]:
     """Weights [K, …] of models as their seeds draw them, by name; tied ones once."""
-    drawn = {seed: dict(models.initialise(config, seed).named_parameters()) for seed in {recipe.seed for recipe in recipes}}
+    drawn = {
+        seed: dict(models.initialise(config, seed).named_parameters()) for seed in {recipe.seed for recipe in recipes}
+    }
     names = drawn[recipes[0].seed]
     return {
-        name: torch.stack([drawn[recipe.seed][name].detach() for recipe in recipes]).to(device).requires_grad_() for name in names
+        name: torch.stack([drawn[recipe.seed][name].detach() for recipe in recipes]).to(device).requires_grad_()
+        for name in names
     }
 
 
 def _optimiser(weights: dict[str, Tensor], recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW, which acts on each entry by itself; matrices decay, vectors do not, as in `models.train`."""
-    matrices = {"params": [weight for weight in weights.values() if weight.ndim >= 3], "weight_decay": recipe.weight_decay}
+    matrices = {
+        "params": [weight for weight in weights.values() if weight.ndim >= 3],
+        "weight_decay": recipe.weight_decay,
+    }
     vectors = {"params": [weight for weight in weights.values() if weight.ndim < 3], "weight_decay": 0.0}
     return torch.optim.AdamW([matrices, vectors], lr=recipe.learning_rate, betas=recipe.betas, fused=True)
 
@@ -112,10 +126,68 @@ def _clip(weights: dict[str, Tensor], most: float) -> None:
         gradient.mul_(shrunk.view(-1, *[1] * (gradient.ndim - 1)))
 
 
-def _answers_of_one(model: nn.Module, weights: dict[str, Tensor], k: int, queries: Mapping[str, Tensor], device: str) -> Tensor:
+def _answers_of_one(
+    model: nn.Module, weights: dict[str, Tensor], k: int, queries: Mapping[str, Tensor], device: str
+) -> Tensor:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name][k])
     model.eval()
     log_p, _ = models.evaluate(model, {name: tensor.to(device) for name, tensor in queries.items()})
     return log_p.cpu()
+
+
+def answers_of_all(
+    trained: Mapping,
+    world: World,
+    corpora: Sequence[np.ndarray],
+    repeats: int,
+    queries: Mapping[str, Tensor],
+    kept: Path,
+    progress: Callable[[int, int, str], None],
+) -> Tensor:
+    """What models say that are trained on each of many changed corpora, several times over.
+
+    Args:
+        trained: Parameters of the stage that trained the model (architecture, width, depth, device, recipe).
+        corpora: Positions of the world's sequences, in the order of training, of each of C corpora.
+        repeats: R, the number of training seeds, the model's own first.
+        queries: `input_ids` and `loss_mask` [Q, T].
+        kept: A folder where answers are kept as soon as they are there, so that a killed stage trains no model twice.
+
+    Returns:
+        log_p [C, R, Q], nats.
+    """
+    recipe = Recipe(**tuples(trained["recipe"]))
+    config = models.configure(
+        trained["architecture"], world.vocabulary_size, trained["width"], trained["depth"], world.context
+    )
+    sequences = batch_of(world.sequences)
+    trainings = [(corpus, recipe.seed + APART * repeat) for corpus in corpora for repeat in range(repeats)]
+    # Stacking itself costs a fifth of a step, whatever is stacked: two models share it.
+    together = max(2, how_many_together(recipe, sequences["input_ids"].shape[1], world.vocabulary_size))
+    kept.mkdir(parents=True, exist_ok=True)
+    found = torch.full((len(trainings), len(queries["input_ids"])), torch.nan)
+    for number, group in enumerate(groups := _groups(trainings, together)):
+        path, done = kept / f"{number:04}.safetensors", sum(map(len, groups[:number]))
+
+        def told(step: int, steps: int, done: int = done, group: list[int] = group) -> None:
+            progress(done + len(group) * step // steps, len(trainings), "retrained models")
+
+        if not path.exists():
+            rows = torch.from_numpy(np.stack([trainings[k][0] for k in group]))
+            log_p = answers(
+                config, sequences, rows, recipe, [trainings[k][1] for k in group], queries, trained["device"], told
+            )
+            with whole(path) as part:
+                save_file({"log_p": log_p.contiguous()}, part)
+        found[group] = load_file(path)["log_p"]
+        told(1, 1)
+    return found.unflatten(0, (len(corpora), repeats))
+
+
+def _groups(trainings: list, together: int) -> list[list[int]]:
+    """Positions of trainings in even groups of at most so many, each of corpora of one length."""
+    lengths = np.array([len(corpus) for corpus, _ in trainings])
+    alike = [np.flatnonzero(lengths == one) for one in np.unique(lengths)]
+    return [part.tolist() for group in alike for part in np.array_split(group, -(-len(group) // together))]

@@ -2,15 +2,16 @@
 should raise log p(query) more. Only differences between sequences mean anything across methods: of their scales, those of the
 inverse-Hessian family alone are nats.
 
-Cost of a method is what `stages/rivals.py` measures around it.
+Cost of a method is what the caller measures around it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,12 +21,9 @@ from influence_kit.engine.gradients import device_of, frozen
 from influence_kit.engine.scans import score
 from influence_kit.engine.scores import Scores
 from influence_kit.engine.sequences import batch_rows, count, read_batch
-from influence_kit.errors import UserError
-from influence_kit.measures.lexical import bm25, idf_overlap, token_counts
 from influence_kit.referees.curvature import GaussNewton
-from influence_kit.referees.lissa import lissa, top_eigenvalue
+from influence_kit.referees.lissa import tuned
 
-HALVINGS = 4  # of LiSSA's scale, before it is given up
 Batch = Mapping[str, Tensor]
 
 
@@ -159,17 +157,11 @@ def _solved(s: Setting, matrix: Tensor) -> Tensor:
     return s.curvature.scores(found.to(vectors), s.sequences, 256)
 
 
-def lissa_tuned(s: Setting) -> Tensor:
-    """LiSSA at the largest scale that power iteration calls safe, or half of it, and so on, where that diverges."""
-    size = min(s.minibatch, count(s.sample))
-    scale, vectors = 1 / top_eigenvalue(s.curvature, size, seed=s.seed), s.curvature.gradients(s.queries)
-    for halvings in range(HALVINGS + 1):
-        try:
-            found = lissa(s.curvature, vectors, [s.depth], scale / 2**halvings, size, seed=s.seed)
-            break
-        except UserError:  # a minibatch with a larger eigenvalue than those that power iteration saw
-            if halvings == HALVINGS:
-                raise
+def lissa(s: Setting) -> Tensor:
+    """LiSSA, its scale found by power iteration."""
+    _, found = tuned(
+        s.curvature, s.curvature.gradients(s.queries), [s.depth], min(s.minibatch, count(s.sample)), s.seed
+    )
     return s.curvature.scores(found[-1], s.sequences, 256)
 
 
@@ -196,25 +188,21 @@ def _states(model: nn.Module, sequences: Batch, layer: int) -> Tensor:
     return torch.cat(found)
 
 
-def lexical_bm25(s: Setting) -> Tensor:
-    """BM25 between the query's tokens and the sequence's."""
-    return _lexical(s, bm25)
+Overlap = Callable[
+    [list[list[int]], list[list[int]]], np.ndarray
+]  # token ids of queries and of sequences -> scores [Q, N]
 
 
-def lexical_tfidf(s: Setting) -> Tensor:
-    """Summed IDF of the tokens that the two share (the paper's TF-IDF filter, Eq 28 and 29, without counts)."""
-    return _lexical(s, idf_overlap)
+def by_words(s: Setting, overlap: Overlap) -> Tensor:
+    """What the tokens that query and sequence share are worth, up to the last target of either."""
+    return torch.from_numpy(overlap(*(_words(part) for part in (s.queries, s.sequences)))).float()
 
 
-def _lexical(s: Setting, overlap: Callable) -> Tensor:
-    counts = []
-    for part in (s.queries, s.sequences):
-        batch = read_batch(part, slice(0, count(part)))
-        last = (batch.loss_mask * torch.arange(batch.tokens.shape[1])).amax(1, keepdim=True)
-        kept = torch.arange(batch.tokens.shape[1])[None] <= last
-        kept[:, 0] = False  # every document begins alike
-        counts.append(token_counts(batch.tokens.numpy(), kept.numpy()))
-    return torch.from_numpy(overlap(*counts)).float()
+def _words(sequences: Batch) -> list[list[int]]:
+    """Token ids of each row up to its last target, without the first: every document begins alike."""
+    batch = read_batch(sequences, slice(0, count(sequences)))
+    last = (batch.loss_mask * torch.arange(batch.tokens.shape[1])).amax(1).tolist()
+    return [row[1 : end + 1] for row, end in zip(batch.tokens.tolist(), last, strict=True)]
 
 
 def chance(s: Setting) -> Tensor:
@@ -231,43 +219,46 @@ METHODS: dict[str, Method] = {
     "EK-FAC cosine": ekfac_cosine,
     "K-FAC": kfac,
     "diagonal": diagonal,
-    "LiSSA": lissa_tuned,
+    "LiSSA": lissa,
     "TrackStar-style": trackstar,
     "TracIn": tracin,
     "gradient dot": gradient_dot,
     "gradient cosine": gradient_cosine,
-    "BM25": lexical_bm25,
-    "TF-IDF": lexical_tfidf,
-    "random": chance,
 }
 
 
-def methods_for(model: nn.Module, exactly: bool) -> dict[str, Method]:
-    """The methods by name, representation similarity at the first, middle and last block among them; `exactly`: also those that
-    solve with the Gauss-Newton matrix itself, which small models alone can afford."""
+def methods_for(model: nn.Module, exactly: bool, overlaps: Mapping[str, Overlap]) -> dict[str, Method]:
+    """The methods by name: METHODS, rankings by shared words, random numbers, and representation similarity at the first, middle and
+    last block.
+
+    Args:
+        exactly: Also those that solve with the Gauss-Newton matrix itself, which small models alone can afford.
+        overlaps: What two texts share, by name ("BM25", …).
+    """
     slow = ("exact", "block-diagonal", "LiSSA")
     found = {name: method for name, method in METHODS.items() if exactly or name not in slow}
+    found |= {name: partial(by_words, overlap=overlap) for name, overlap in overlaps.items()}
+    found["random"] = chance
     depth = int(model.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
     for layer in sorted({0, (depth + 1) // 2, depth}):
-        found[f"representations, {layer} of {depth} blocks"] = lambda s, layer=layer: representations(s, layer)  # type: ignore[misc]
+        found[f"representations, {layer} of {depth} blocks"] = partial(representations, layer=layer)
     return found
 
 
 def damping_sweep(dampings: tuple[float, ...]) -> dict[str, Method]:
     """EK-FAC at other dampings, as shares of the mean eigenvalue."""
-    return {f"EK-FAC, damping {d:g}": lambda s, d=d: s.score(s.fit(), d).values for d in dampings}  # type: ignore[misc]
+    return {f"EK-FAC, damping {damping:g}": partial(_variant, damping=damping) for damping in dampings}
 
 
 def variants(sizes: tuple[int, ...], fractions: tuple[float, ...]) -> dict[str, Method]:
     """EK-FAC under the empirical Fisher, fitted on fewer sequences, and asked at earlier checkpoints."""
+    found: dict[str, Method] = {"EK-FAC, empirical Fisher": partial(_variant, labels="data")}
+    found |= {f"EK-FAC, fitted on {size}": partial(_variant, fitted_on=size) for size in sizes}
+    return found | {f"EK-FAC, at {at:.0%} of training": partial(_variant, at=at) for at in fractions}
 
-    def fewer(s: Setting, size: int) -> Tensor:
-        return s.score(s.fit(sample={name: tensor[:size] for name, tensor in s.sample.items()})).values
 
-    found: dict[str, Method] = {"EK-FAC, empirical Fisher": lambda s: s.score(s.fit("ekfac", "data")).values}
-    found |= {f"EK-FAC, fitted on {n}": lambda s, n=n: fewer(s, n) for n in sizes}  # type: ignore[misc]
-    found |= {
-        f"EK-FAC, at {f:.0%} of training": lambda s, f=f: s.score(s.fit(at=f), at=f).values  # type: ignore[misc]
-        for f in fractions
-    }
-    return found
+def _variant(
+    s: Setting, damping: float | None = None, labels: str = "sampled", fitted_on: int | None = None, at: float = 1.0
+) -> Tensor:
+    sample = None if fitted_on is None else {name: tensor[:fitted_on] for name, tensor in s.sample.items()}
+    return s.score(s.fit("ekfac", labels, sample, at), damping, at).values

@@ -91,7 +91,7 @@ def test_a_model_too_large_is_refused_before_any_work(case, monkeypatch):
 
 
 def test_an_unconverged_response_becomes_none_in_a_run_and_stops_nothing(case):
-    from influence_kit.findings.stages.response import responded
+    from influence_kit.findings.is_ekfac_right import responded
 
     _, sample, queries, solver = case
     found = responded(solver, row(sample, 0), queries, 1e-4, 1e-12)

@@ -6,8 +6,9 @@ import torch
 from conftest import random_sequences, tiny_model
 
 from influence_kit import fit_ekfac, score
-from influence_kit.referees import rivals
-from influence_kit.referees.rivals import Setting, damping_sweep, methods_for, variants
+from influence_kit.errors import UserError
+from influence_kit.referees import lissa, rivals
+from influence_kit.referees.rivals import Setting, by_words, damping_sweep, methods_for, variants
 
 
 @pytest.fixture(scope="module")
@@ -15,22 +16,35 @@ def setting():
     model = tiny_model("gpt_neox", depth=1, vocabulary=11)
     queries, sequences = random_sequences(3, 6, 11, seed=5), random_sequences(9, 6, 11, padded=True)
     checkpoints = ((0.5, 2.0), (1.0, 0.5))
-    return Setting(lambda at: model, queries, sequences, random_sequences(8, 6, 11, seed=9), checkpoints=checkpoints, depth=800, minibatch=8)
+    return Setting(
+        lambda at: model,
+        queries,
+        sequences,
+        random_sequences(8, 6, 11, seed=9),
+        checkpoints=checkpoints,
+        depth=800,
+        minibatch=8,
+    )
 
 
 @pytest.fixture(scope="module")
 def found(setting):
-    return {name: method(setting) for name, method in methods_for(setting.model, True).items()}
+    return {name: method(setting) for name, method in methods_for(setting.model, True, {"shared": shared}).items()}
+
+
+def shared(queries, sequences):
+    """How many different tokens two rows share."""
+    return np.array([[len({*query} & {*sequence}) for sequence in sequences] for query in queries])
 
 
 def test_every_method_scores_every_pair(found):
-    assert {"exact", "EK-FAC", "TracIn", "BM25", "random", "representations, 0 of 1 blocks"} <= set(found)
+    assert {"exact", "EK-FAC", "TracIn", "shared", "random", "representations, 0 of 1 blocks"} <= set(found)
     for name, values in found.items():
         assert values.shape == (3, 9) and bool(torch.isfinite(values).all()), name
 
 
 def test_exact_methods_are_left_out_where_they_cannot_be_afforded(setting):
-    assert not {"exact", "block-diagonal", "LiSSA"} & set(methods_for(setting.model, False))
+    assert not {"exact", "block-diagonal", "LiSSA"} & set(methods_for(setting.model, False, {}))
 
 
 def test_ekfac_and_its_forms_are_the_library_s(setting, found):
@@ -64,13 +78,13 @@ def test_cosines_lie_between_minus_one_and_one(found):
         assert float(found[name].abs().max()) <= 1 + 1e-6
 
 
-def test_lexical_methods_count_shared_words_and_nothing_after_the_last_target(setting):
+def test_words_are_compared_up_to_the_last_target_of_either(setting, found):
     same = Setting(setting.model_at, setting.sequences, setting.sequences, setting.sample)
-    assert bool((rivals.lexical_bm25(same).argmax(1) == torch.arange(9)).all())
+    assert bool((by_words(same, shared).diagonal() == by_words(same, shared).amax(1)).all())
     changed = {name: tensor.clone() for name, tensor in setting.sequences.items()}
-    changed["input_ids"][~changed["loss_mask"]] = 1
+    changed["input_ids"][~changed["loss_mask"]] = 1  # padding, and the first token: every document begins alike
     padded = Setting(setting.model_at, setting.queries, changed, setting.sample)
-    assert torch.equal(rivals.lexical_tfidf(padded), rivals.lexical_tfidf(setting))
+    assert torch.equal(by_words(padded, shared), found["shared"])
 
 
 def test_representations_do_not_see_padding(setting):
@@ -81,11 +95,11 @@ def test_representations_do_not_see_padding(setting):
 
 
 def test_lissa_halves_a_scale_that_diverges(setting, monkeypatch):
-    monkeypatch.setattr(rivals, "top_eigenvalue", lambda *_, **__: 0.3 * real_top(setting))
-    assert bool(torch.isfinite(rivals.lissa_tuned(setting)).all())
-    monkeypatch.setattr(rivals, "HALVINGS", 0)
-    with pytest.raises(rivals.UserError, match="diverges"):
-        rivals.lissa_tuned(setting)
+    monkeypatch.setattr(lissa, "top_eigenvalue", lambda *_, **__: 0.3 * real_top(setting))
+    assert bool(torch.isfinite(rivals.lissa(setting)).all())
+    monkeypatch.setattr(lissa, "HALVINGS", 0)
+    with pytest.raises(UserError, match="diverges"):
+        rivals.lissa(setting)
 
 
 def real_top(setting):
