@@ -144,8 +144,8 @@ def train(
     """Train one model in the sequences' own order; save checkpoints and the loss curve under `folder`.
 
     Further passes are reshuffled by the seed. Writes `checkpoint-<step>/` (transformers layout, safetensors) and
-    `losses.json`; keeps `resume.safetensors` while running, from which a killed run continues to the same bits on one CPU
-    thread.
+    `losses.json`; keeps `resume.safetensors` while running, from which a killed run continues to the same bits on one
+    CPU thread.
 
     Args:
         config: Of `configure`.

@@ -128,8 +128,8 @@ def fetch(packages: Sequence[str], folder: Path, download: bool = True) -> list[
         missing = [package for package in dict.fromkeys(packages) if find(package, folder) is None]
         if missing and not download:
             raise UserError(
-                f"the folder {folder} lacks {', '.join(f'{package}_*.deb' for package in missing)}; put the files there, "
-                "ask for nothing that needs them, or run with --without-real-text"
+                f"the folder {folder} lacks {', '.join(f'{package}_*.deb' for package in missing)}; put the files "
+                "there, ask for nothing that needs them, or run with --without-real-text"
             )
         if missing:
             folder.mkdir(parents=True, exist_ok=True)

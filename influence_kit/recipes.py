@@ -32,7 +32,7 @@ def steps_of(sequences: int, recipe: Recipe) -> int:
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak learning rate at a step: a linear rise, at most a tenth of the run, then a cosine down to .02."""
+    """Share of the peak learning rate at a step: a linear rise, at most a tenth of the run, then a cosine to .02."""
     warmup = min(warmup, max(1, steps // 10))
     if step < warmup:
         return (step + 1) / warmup

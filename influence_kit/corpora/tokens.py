@@ -58,7 +58,7 @@ def train_bpe(texts: Iterable[str], vocabulary_size: int) -> str:
 
 
 def encode(texts: Sequence[str], tokenizer_json: str, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """`<bos>` text `<eos>`, cut to `length` tokens, padded on the right; all tokens but `<bos>` and padding are targets.
+    """`<bos>` text `<eos>`, cut to `length` tokens, padded on the right; all but `<bos>` and padding are targets.
 
     Args:
         texts: N of them; "<bos>" written in a text is encoded as letters, not as the special.

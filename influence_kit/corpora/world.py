@@ -1,4 +1,4 @@
-"""The carrier of every corpus: training sequences in order, held-out sequences, queries, what their tokens stand for."""
+"""The carrier of every corpus: training sequences in order, held-out ones, queries, and what their tokens stand for."""
 
 from __future__ import annotations
 

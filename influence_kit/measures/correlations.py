@@ -29,7 +29,7 @@ def correlations(a, b) -> np.ndarray:
 
 
 def rank_correlations(a, b) -> np.ndarray:
-    """Spearman's correlation of each row with the same row of the other table, as `correlations`; ties share their ranks."""
+    """Spearman's correlation of each row with the same row of the other table, as `correlations`; ties share ranks."""
     from scipy.stats import rankdata
 
     return correlations(*(rankdata(np.asarray(rows, float), axis=1) for rows in (a, b)))

@@ -1,4 +1,4 @@
-"""Tokens as a person reads them. Nothing that trains or scores imports this: another way to show text voids no number."""
+"""Tokens as a person reads them. Nothing that trains or scores imports this: how text is shown voids no number."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def _token_bytes(tokenizer_json: str, token: int) -> tuple[bytes, str]:
     stored = tokenizer.id_to_token(token)
     if stored is None:
         raise UserError(
-            f"token id {token} is outside the tokenizer's vocabulary of {tokenizer.get_vocab_size()}; use the tokenizer "
-            "that made the ids"
+            f"token id {token} is outside the tokenizer's vocabulary of {tokenizer.get_vocab_size()}; use the "
+            "tokenizer that made the ids"
         )
     if byte_level:
         return bytes(_byte_of()[character] for character in stored), ""

@@ -1,4 +1,4 @@
-"""A reader's own model, texts and question as a world: the model's tokenizer makes the sequences, nothing is planted."""
+"""A reader's own model, texts and question as a world: the model's tokenizer makes sequences, nothing is planted."""
 
 from __future__ import annotations
 
