@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from influence_kit.engine.factors import Factors
-    from influence_kit.reading.cards import Card
+    from influence_kit.reading.cards import CardView
 
 SHARED = ("source", "kind", "language")  # a token is replaced by one of sequences that agree in these
 THIRDS = ("lower", "middle", "upper")
@@ -647,7 +647,7 @@ def _maps(trained: Trained, fraction: float) -> dict[str, np.ndarray]:
     return load_file(trained.extra("maps", fraction) / "maps.safetensors")
 
 
-def card_of(trained: Trained, kind: str) -> Card:
+def card_of(trained: Trained, kind: str) -> CardView:
     """Card of a query of Deep that is middling in how many of its 20 strongest sequences support it, not the best."""
     scan = trained.scan(kind=None)
     member = deep.supporters(trained.world, scan.rows)[scan.queries]

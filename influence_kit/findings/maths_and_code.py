@@ -32,7 +32,7 @@ from influence_kit.measures.lifts import auc, lift
 if TYPE_CHECKING:
     import pandas
 
-    from influence_kit.reading.cards import Columns
+    from influence_kit.reading.cards import CardView
 
 CONTRASTS = {
     "auc": (("SA", "S0"), ("ON", "ONA")),
@@ -241,7 +241,7 @@ def follows_accuracy(points: pandas.DataFrame) -> Estimate:
     return estimate_of(points, ["auc", "correct"], correlation, method="t", bounds=(-1, 1))
 
 
-def cards(smallest: Trained, largest: Trained, kind: str, found: pandas.DataFrame) -> Columns:
+def cards(smallest: Trained, largest: Trained, kind: str, found: pandas.DataFrame) -> CardView:
     """One query in both models: of its kind, the one that three quarters rank below by AUC in the largest; found: of `read`."""
     from influence_kit.reading.cards import side_by_side
 

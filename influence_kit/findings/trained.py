@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from influence_kit.engine.factors import Factors
     from influence_kit.engine.scores import Scores
-    from influence_kit.reading.cards import Card
+    from influence_kit.reading.cards import CardView
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class Trained:
         title: str = "",
         labels: Mapping[int, str] | Callable[[int], str] | None = None,
         kind: str | None = "",
-    ) -> Card:
+    ) -> CardView:
         """Token card of one scored query (a position in `scan(fraction, kind)`), its k most and least influential sequences
         shaded by token.
 
@@ -206,15 +206,15 @@ class Trained:
             facts = {name: about[name][int(scan.rows[row.sequence])].as_py() for name in about.column_names}
             rows.append(
                 Row(
-                    token_texts(world, chosen["input_ids"][place, :length].tolist()),
-                    row.score,
-                    int(order[row.sequence]),
-                    row.nats_per_copy,
-                    round(100 * (1 - (order[row.sequence] - 1) / len(order)), 2),
-                    language_name(facts["language"]) if "language" in facts else "",
-                    word(row.sequence) if word else facts.get("kind", ""),
-                    int(lexical[row.sequence]),
-                    tokens[place, :length].tolist(),
+                    tokens=token_texts(world, chosen["input_ids"][place, :length].tolist()),
+                    score=row.score,
+                    rank=int(order[row.sequence]),
+                    nats_per_copy=row.nats_per_copy,
+                    scored=len(order),
+                    language=language_name(facts["language"]) if "language" in facts else "",
+                    source=word(row.sequence) if word else facts.get("kind", ""),
+                    bm25_rank=int(lexical[row.sequence]),
+                    token_scores=tokens[place, :length].tolist(),
                 )
             )
         batch = batch_of(world.queries, [asked])

@@ -106,7 +106,7 @@ class Claim:
             reason=reason,
             fragile=status == "confirmed"
             and judge(half_as_wide_again, kind=kind, gates=gates, **thresholds)[0] != status,
-            supported=judge(point, kind="control", **thresholds)[0] == "confirmed",
+            supported=judge(point, kind="control", gates=(), **thresholds)[0] == "confirmed",
         )
 
     def refereed(self, method: str, by: Claim) -> Claim:

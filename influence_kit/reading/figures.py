@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
@@ -205,8 +205,9 @@ def path_over_training(
     splits = dict(zip(keys_of(df, split), look.LINES)) if split else {}
     table, cut = cut_at_zero(df, value) if log_y else (df, df[:0])
     few = table.groupby([hue, *([split] if split else [])]).size().max() <= 12
+    markers = look.MARKERS if few else ("",)
     draw_series(
-        ax, table, x, value, hue=hue, colours=colours, split=split, lines=splits, markers=look.MARKERS if few else ("",), band=not log_y,
+        ax, table, x, value, hue=hue, colours=colours, split=split, lines=splits, markers=markers, band=not log_y,
         per_seed=per_seed,
     )  # fmt: skip
     for name, line in splits.items():
@@ -363,7 +364,7 @@ def ccdf_panels(df: pandas.DataFrame, fits: pandas.DataFrame, *, title: str = ""
 
 
 def _draw_fit(ax: Axes, fit, x: numpy.ndarray, ccdf: numpy.ndarray) -> None:
-    """The power law of one panel with the band of its exponent, the lognormal of the same tail, where the tail starts."""
+    """The power law of one panel with the band of its exponent, the lognormal of the same tail, and its start."""
     power_colour, lognormal_colour = look.POOLS["methods"][:2]
     start = ccdf[numpy.searchsorted(x, fit.xmin).clip(max=len(x) - 1)]
     grid = numpy.geomspace(fit.xmin, x[-1], 80)
@@ -374,7 +375,7 @@ def _draw_fit(ax: Axes, fit, x: numpy.ndarray, ccdf: numpy.ndarray) -> None:
         tail = numpy.array([math.erfc(z / 2**0.5) for z in (numpy.log(grid) - fit.mu) / fit.sigma])
         ax.plot(grid, start * tail / tail[0], "--", color=lognormal_colour, label="lognormal, same tail")
     ax.axvline(fit.xmin, color=look.FAINT, linewidth=0.8, linestyle=":")
-    place = {"xycoords": ("data", "axes fraction"), "ha": "right", "fontsize": 8, "color": look.FAINT}
+    place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "ha": "right", "fontsize": 8, "color": look.FAINT}
     ax.annotate(f"xmin {number(fit.xmin, 2)} ", (fit.xmin, 0.03), **place)
     title = f"{name_of(fit.panel)}\nα = {fit.alpha:.2f} [{fit.alpha_low:.2f}, {fit.alpha_high:.2f}]"
     if numpy.isfinite(p := getattr(fit, "p_value", math.nan)):

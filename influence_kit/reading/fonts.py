@@ -1,11 +1,15 @@
 """Fonts for scripts that matplotlib's own font lacks: found by path, since a family name says nothing of coverage."""
 
+from __future__ import annotations
+
 import functools
 import os
 import unicodedata
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+
+from influence_kit.files import write_whole
 
 BASE = "DejaVu Sans"  # ships inside matplotlib: same glyphs on every machine
 PROBES = {"Chinese": "中文", "Korean": "한국", "Japanese": "かナ"}
@@ -15,11 +19,10 @@ VARIABLE = "INFLUENCE_KIT_FONT"
 
 def coverage(path: str | Path) -> frozenset[int]:
     """Code points of a font file's first face (the one matplotlib loads); empty where the file is no readable font."""
-    from fontTools.ttLib import TTFont
+    from matplotlib.ft2font import FT2Font
 
     try:
-        with TTFont(path, fontNumber=0, lazy=True) as font:
-            return frozenset(font.getBestCmap() or ())
+        return frozenset(FT2Font(path).get_charmap())
     except Exception:  # a broken font on the system is not this project's affair
         return frozenset()
 
@@ -43,11 +46,9 @@ def _packaged() -> list[str]:
     if not (kept := sorted(folder.glob("*.tt[cf]"))):
         from influence_kit.packages import fetch, members
 
-        folder.mkdir(parents=True, exist_ok=True)
         for name, data in members(fetch([PACKAGE], folder)[0], (".ttc", ".ttf")):
-            part = folder / (Path(name).name + ".part")
-            part.write_bytes(data)
-            kept.append(part.replace(part.with_suffix("")))
+            kept.append(folder / Path(name).name)
+            write_whole(kept[-1], data)
     return [str(path) for path in kept]
 
 
@@ -59,16 +60,16 @@ def _candidates(problems: list[str]) -> Iterator[str]:
     yield from _system()
     try:
         yield from _packaged()
-    except Exception as error:  # no network, no such package, no colleague module: a figure must still be drawn
+    except Exception as error:  # no network, no apt, no such package: a figure must still be drawn
         problems.append(f"the Debian package {PACKAGE} could not be fetched ({type(error).__name__}: {error})")
 
 
 @functools.cache
 def fallbacks() -> tuple[str, ...]:
-    """Paths of fonts that together cover Chinese, Korean and Japanese, fewest first found.
+    """Paths of fonts that together cover Chinese, Korean and Japanese, as few as are found first.
 
-    Order: the file that INFLUENCE_KIT_FONT names, system fonts, a cached Debian font. What stays uncovered is said once
-    in a warning that names the remedy; nothing is raised.
+    Looked for in this order: the file that INFLUENCE_KIT_FONT names, system fonts, a Debian package's. What stays
+    uncovered is said once, in a warning that names the remedy; nothing is raised, for a figure must still be drawn.
     """
     problems: list[str] = []
     missing, found = dict(PROBES), []

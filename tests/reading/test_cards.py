@@ -2,6 +2,7 @@
 
 import base64
 import io
+import time
 from html.parser import HTMLParser
 
 import numpy
@@ -9,9 +10,10 @@ import pytest
 from PIL import Image
 
 from influence_kit.errors import UserError
-from influence_kit.reading.cards import Row, crop, direction, query_card, side_by_side, spans, visible
+from influence_kit.reading.card_model import LONGEST, Row, crop, direction, spans, visible
+from influence_kit.reading.card_png import _flow
+from influence_kit.reading.cards import query_card, side_by_side
 from influence_kit.reading.fonts import BASE
-from influence_kit.reading.paint import _flow
 from influence_kit.reading.style import NEGATIVE, POSITIVE
 
 HOSTILE = [
@@ -24,9 +26,9 @@ HOSTILE = [
 ]
 
 
-def row(score=1.0, pieces=("shut", " down", " now"), scores=None, **facts) -> Row:
-    scores = [score / len(pieces)] * len(pieces) if scores is None else scores
-    return Row(list(pieces), score, facts.pop("rank", 1), token_scores=scores, **facts)
+def row(score=1.0, tokens=("shut", " down", " now"), scores=None, **facts) -> Row:
+    scores = [score / len(tokens)] * len(tokens) if scores is None else scores
+    return Row(list(tokens), score, facts.pop("rank", 1), token_scores=scores, **facts)
 
 
 def card(*rows, **options):
@@ -48,7 +50,7 @@ class Markup(HTMLParser):
 
 
 def test_nothing_from_the_data_becomes_markup():
-    evil = row(pieces=HOSTILE + HOSTILE, scores=[1.0] * 6 + [0.0] * 6, language='"><script>', source="<b onclick=1>")
+    evil = row(tokens=HOSTILE + HOSTILE, scores=[1.0] * 6 + [0.0] * 6, language='"><script>', source="<b onclick=1>")
     shown = query_card(HOSTILE, HOSTILE, [evil], title="<script>alert(3)</script>")
     for html in (shown.html, side_by_side([shown, shown]).html, shown._repr_mimebundle_()[0]["text/html"]):
         markup = Markup(html)
@@ -62,12 +64,12 @@ def test_controls_and_direction_overrides_are_visible():
     for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200B, 0x200E, 0xFEFF, 0x2028, 0xD800):
         assert visible(f"a{chr(code)}b") == f"a⟨U+{code:04X}⟩b"
     assert visible("a\nb\tc\x00\x1b\x7f") == "a↵ b⇥ c␀␛␡" and visible("می\u200cخواهم") == "می\u200cخواهم"
-    shown = card(row(pieces=["user\u202e", "\u2066txt.exe"], language="\u202e"), title="\u202e")
+    shown = card(row(tokens=["user\u202e", "\u2066txt.exe"], language="\u202e"), title="\u202e")
     assert not set(shown.html + shown.alt) & set("\u202e\u2066") and shown.png
 
 
 def test_direction_follows_the_letters():
-    arabic = card(row(pieces=["قال", " النموذج", " GPT"]))
+    arabic = card(row(tokens=["قال", " النموذج", " GPT"]))
     assert 'dir="rtl"><span class="p20" title="+0.333">قال</span>' in arabic.html
     assert direction("שלום abc") == "rtl" and direction("123") == direction("한국") == "ltr"
 
@@ -76,50 +78,59 @@ def test_alignment_moves_scores_one_token():
     scored = row(scores=[1.0, -2.0, 0.0])
     assert spans(scored) == [("shut", 1.0), (" down", -2.0), (" now", 0.0)]
     assert spans(scored, "predicted") == [("shut", 0.0), (" down", 1.0), (" now", -2.0)]
-    assert "predicted" in card(scored, alignment="predicted").legend
+    assert "predicted" in card(scored, alignment="predicted").alt
     with pytest.raises(UserError, match="sideways"):
         card(alignment="sideways")
 
 
 def test_split_characters_padding_and_joiner():
-    split = row(pieces=["한".encode()[:2], "한".encode()[2:], b" x"], scores=[1.0, 2.0, 4.0])
-    assert spans(split) == [("한", 3.0), (" x", 4.0)]
-    assert spans(row(pieces=["한", "", " x"], scores=[1.0, 2.0, 4.0])) == [("한", 3.0), (" x", 4.0)]
-    padded = row(pieces=["a"] + ["<pad>"] * 9, scores=[1.0] + [0.5] * 9)
+    assert spans(row(tokens=["한", "", " x"], scores=[1.0, 2.0, 4.0])) == [("한", 3.0), (" x", 4.0)]
+    padded = row(tokens=["a"] + ["<pad>"] * 9, scores=[1.0] + [0.5] * 9)
     assert spans(padded) == [("a", 1.0), ("⟨<pad> ×9⟩", 4.5)]
-    assert spans(row(pieces=["a", "b"]), joiner=" ") == [("a", 0.5), (" b", 0.5)]
+    assert spans(row(tokens=["a", "b"]), joiner=" ") == [("a", 0.5), (" b", 0.5)]
+
+
+def test_a_start_that_has_no_score_is_not_shown():
+    started = row(tokens=["<bos>", "a", "b"], scores=[1.0, 2.0, 0.0])
+    assert spans(started, "predicted", " ") == [("a", 1.0), (" b", 2.0)]
+    assert spans(started)[0] == ("<bos>", 1.0)  # shaded, thus shown
+    shown = query_card(["<bos>", "a"], ["<eos>"], [row()])
+    assert "bos" not in shown.html + shown.alt and "<b>&lt;eos&gt;</b>" in shown.html
 
 
 def test_scale_is_symmetric_clipped_and_said():
     scores = numpy.full(1000, 0.01)
     scores[3], scores[500] = 5.0, -5.0
-    shown = card(row(pieces=["x"] * 1000, scores=scores))
-    assert shown.clip == pytest.approx(0.01) and "clipped at ±0.01 nats (2 of 1000 tokens beyond)" in shown.html
+    shown = card(row(tokens=["x"] * 1000, scores=scores))
+    assert (
+        shown.cards[0].clip == pytest.approx(0.01) and "clipped at ±0.01 nats (2 of 1000 tokens beyond)" in shown.html
+    )
     assert 'class="p20" title="+5"' in shown.html and "whole sequence, 1000 tokens" in shown.html
-    start = crop(spans(shown.top[0]), 64)[1]
+    start = crop(spans(shown.cards[0].top[0]), 64)[1]
     assert len(start) == 65 and (max(start, key=lambda s: s[1]))[1] == 5.0
-    small, large = side_by_side([card(row(0.001)), card(row(1.0))]).cards
-    assert small.scale == large.scale and 'class="p20"' not in small.html.split("nats")[-1]
+    both = side_by_side([card(row(0.001)), card(row(1.0))])
+    small, large = both.cards
+    assert small.scale == large.scale and 'class="p20"' not in both.html.split('class="col"')[1].split("nats")[-1]
 
 
 def test_top_and_bottom_by_sign_and_no_number_lost():
-    rows = [row(score, rank=i + 1, nats_per_copy=score / 8e4, percentile=99.9987, bm25_rank=7, language="Turkish",
+    rows = [row(score, rank=i + 1, nats_per_copy=score / 8e4, scored=12_000, bm25_rank=7, language="Turkish",
                 source="news") for i, score in enumerate((9.0, 3.0, 1.0, -2.0, -4.0))]  # fmt: skip
     shown = card(*rows[::-1], k=2)
-    assert [r.rank for r in shown.top] == [1, 2] and [r.rank for r in shown.bottom] == [5, 4]
+    assert [r.rank for r in shown.cards[0].top] == [1, 2] and [r.rank for r in shown.cards[0].bottom] == [5, 4]
     for text in (shown.html, shown.alt):
         assert "+0.000112 nats per copy (raw +9)" in text and "-2.5e-5 nats per copy (raw -2)" in text
-        assert "percentile 99.9987 · Turkish · news · BM25 rank 7 · longest shared run 0 tokens" in text
-    overlapping = row(pieces=["x", "Will", " you", "y"], scores=[0.0, 8.0, 0.0, 1.0])
+        assert "Turkish · news · BM25 rank 7 · longest shared run 0 tokens" in text and "#1 of 12,000 · " in text
+    overlapping = row(tokens=["x", "Will", " you", "y"], scores=[0.0, 8.0, 0.0, 1.0])
     assert "longest shared run 2 tokens · sparse" in card(overlapping).html
     with pytest.raises(UserError, match="above or below 0"):
         card(row(0.0))
-    with pytest.raises(UserError, match="2 token scores for 3 pieces"):
+    with pytest.raises(UserError, match="2 token scores for 3 tokens"):
         assert card(row(scores=[1.0, 2.0])).html
 
 
 def test_png_twin_is_stable_sized_and_coloured():
-    rows = [row(1.0, pieces=["$x^2$ ", "$\\frac$ "] * 40), row(-1.0, pieces=["קטן", " والنموذج", " GPT"] * 30, rank=8)]
+    rows = [row(1.0, tokens=["$x^2$ ", "$\\frac$ "] * 40), row(-1.0, tokens=["קטן", " والنموذج", " GPT"] * 30, rank=8)]
     first, second = card(*rows), card(*rows)
     assert first.png == second.png
     image = Image.open(io.BytesIO(first.png))
@@ -155,4 +166,39 @@ def test_notebook_bundle():
     assert base64.b64decode(data["image/png"]) == shown.png and metadata["image/png"]["alt"] == shown.alt
     assert (
         data["text/html"].startswith('<img style="display:none" alt="Token card.') and shown.html in data["text/html"]
+    )
+
+
+def test_mathjax_is_told_to_leave_tokens_alone():
+    for html in (card().html, side_by_side([card(), card()]).html):
+        assert html.startswith('<div class="ikc') and "tex2jax_ignore mathjax_ignore" in html[:60]
+
+
+def set_of(items, width=400.0):
+    marks = []
+    _flow(marks, items, 10, 0, width, families=(BASE,))
+    return {mark[3]: mark[1] for mark in marks if mark[0] == "text"}, [mark for mark in marks if mark[0] == "box"]
+
+
+def test_spaces_keep_their_width_wherever_they_stand():
+    plain, _ = set_of([("a", 0.0, False), (" b", 0.0, False)])
+    for items in (["a ", "b"], ["a", " ", "b"], ["a b"]):
+        assert set_of([(text, 0.0, False) for text in items])[0] == plain
+    assert set_of([("a", 0.0, False), ("    b", 0.0, False)])[0]["b"] > plain["b"] + 6
+    _, (space, word) = set_of([("a", 0.0, False), (" ", 1.0, False), ("b", -1.0, False)])
+    assert space[3] > 3 and space[1] + space[3] == pytest.approx(word[1])  # shaded side by side
+
+
+def test_a_word_wider_than_the_line_is_broken_and_a_long_token_cut():
+    placed, boxes = set_of([("W" * 60 + "M" * 9, 1.0, False), ("i" * 90, -1.0, False)], 300)
+    assert all(set(line) <= set("WMi") for line in placed) and max(map(len, placed)) < 110 and len(placed) > 2
+    assert all(10 <= box[1] and box[1] + box[3] <= 310.5 for box in boxes)
+    start = time.process_time()
+    long = card(row(tokens=["x" * 100_000, "W" * 100_000], scores=[1.0, 0.5]), title="t" * 3000)
+    pixels = numpy.asarray(Image.open(io.BytesIO(long.png)).convert("L"))
+    assert time.process_time() - start < 2
+    assert (
+        (pixels[:, -10:] == 255).all()
+        and "… ⟨100,000 characters⟩" in long.html
+        and "x" * (LONGEST + 1) not in long.html
     )

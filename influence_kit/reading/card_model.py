@@ -1,0 +1,206 @@
+"""What a token card says, before it is HTML or a picture: a query, its sequences, and what is shown for each token.
+
+All text comes from corpora and is hostile: controls and characters that reorder text are made visible here.
+"""
+
+from __future__ import annotations
+
+import functools
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy
+
+from influence_kit.errors import UserError
+from influence_kit.reading.style import number
+
+ALIGNMENTS = {"updating": "token whose gradient updates the weights", "predicted": "token that is predicted there"}
+SPECIAL = {"<bos>", "<s>", "<pad>", "[PAD]", "<|padding|>", "<|endoftext|>", "</s>", "<eos>"}
+LEVELS, ALPHA, UNDERLINE_FROM = 20, 0.6, 3  # steps of shading, the strongest, and the step that is also underlined
+SPARSE = 2 / 3  # the paper drops sequences whose token scores exceed this |a|_2 / |a|_1: one token carries them
+WINDOW = 64  # tokens shown of a long sequence
+LONGEST = 200  # characters shown of a long token
+
+Span = tuple[str, float]  # what is shown for one token (or a few that share a character), and its score
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training sequence of a card.
+
+    Attributes:
+        tokens: Its T tokens as text; where tokens share a character, the first holds it and the others ''.
+        score: Its influence, raw (nats, per unit weight).
+        rank: 1 for the highest score of the scan.
+        nats_per_copy: Influence of one more copy, nats.
+        scored: How many sequences the scan scored.
+        language: Of the sequence, in a word.
+        source: What the sequence is, or where it comes from, in a few words.
+        bm25_rank: 1 for the sequence that shares most words with the query.
+        token_scores: One a token [T]; position t holds what the gradient at t adds, where token t + 1 is predicted.
+    """
+
+    tokens: Sequence[str]
+    score: float
+    rank: int
+    nats_per_copy: float | None = None
+    scored: int | None = None
+    language: str = ""
+    source: str = ""
+    bm25_rank: int | None = None
+    token_scores: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Card:
+    """A query and the sequences that raise and lower it most.
+
+    Attributes:
+        title: Above all.
+        prompt: The query's prompt as it is shown.
+        completion: What the query asks for, as it is shown.
+        top: The rows of the highest scores, highest first.
+        bottom: The rows of the lowest scores, lowest first.
+        overlaps: Longest run of tokens shared with the query, for each row of `top`, then of `bottom`.
+        alignment: Which token of a position is shaded, one of `ALIGNMENTS`.
+        joiner: What stands between tokens.
+        scale: Token score of the strongest shade; None: this card's own 99th percentile.
+    """
+
+    title: str
+    prompt: str
+    completion: str
+    top: tuple[Row, ...]
+    bottom: tuple[Row, ...]
+    overlaps: tuple[int, ...]
+    alignment: str = "updating"
+    joiner: str = ""
+    scale: float | None = None
+
+    @functools.cached_property
+    def sections(self) -> list[tuple[str, list[tuple[Row, str, list[Span]]]]]:
+        """(heading, [(row, what is known of it in one line, its tokens)])."""
+        rows = [
+            (row, facts(row, overlap), spans(row, self.alignment, self.joiner))
+            for row, overlap in zip(self.top + self.bottom, self.overlaps, strict=True)
+        ]
+        cut = len(self.top)
+        heads = "Raise the completion's log probability most", "Lower it most"
+        return [(head, part) for head, part in zip(heads, (rows[:cut], rows[cut:]), strict=True) if part]
+
+    @property
+    def magnitudes(self) -> list[float]:
+        """Sizes of all token scores."""
+        return [abs(s) for row in self.top + self.bottom if row.token_scores is not None for s in row.token_scores]
+
+    @property
+    def clip(self) -> float:
+        """The token score that has the strongest shade."""
+        return self.scale or (float(numpy.percentile(self.magnitudes, 99)) if self.magnitudes else 0.0) or 1.0
+
+    @property
+    def legend(self) -> str:
+        """What the shades mean."""
+        if not self.magnitudes:
+            return "no token scores"
+        beyond = sum(s > self.clip for s in self.magnitudes)
+        return (
+            f"shade: token score, linear, clipped at ±{number(self.clip)} nats ({beyond} of "
+            f"{len(self.magnitudes)} tokens beyond); shaded is the {ALIGNMENTS[self.alignment]}"
+        )
+
+    @functools.cached_property
+    def alt(self) -> str:
+        """The card in words: the query, and of each sequence what is known of it and its strongest stretch."""
+        parts = [f"Token card. {self.title} Query: {self.prompt.strip()} → {self.completion.strip()}"]
+        for head, rows in self.sections:
+            shown = [f"{known}: “{''.join(t for t, _ in crop(text, 16)[1]).strip()}”" for _, known, text in rows]
+            parts.append(f"{head}: " + "; ".join(shown) + ".")
+        return visible(" ".join([*parts, self.legend.capitalize() + "."]))
+
+
+def visible(text: str) -> str:
+    """Controls as symbols, invisible or direction-changing characters by name: no text hides or reorders."""
+
+    def shown(c: str) -> str:
+        if c in "\n\t":
+            return {"\n": "↵ ", "\t": "⇥ "}[c]
+        if ord(c) < 32 or ord(c) == 127:
+            return chr(0x2400 + ord(c)) if ord(c) < 32 else "␡"
+        # Joiners shape Persian, Indic and emoji text; every other format character only deceives.
+        hidden = unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in "\u200c\u200d"
+        return f"⟨U+{ord(c):04X}⟩" if hidden else c
+
+    return "".join(map(shown, text))
+
+
+def direction(text: str) -> str:
+    """'rtl' where most letters are Arabic, Hebrew or another script written leftwards, else 'ltr'."""
+    kinds = [unicodedata.bidirectional(c) for c in text]
+    return "rtl" if sum(k in ("R", "AL") for k in kinds) > kinds.count("L") else "ltr"
+
+
+def spans(row: Row, alignment: str = "updating", joiner: str = "") -> list[Span]:
+    """What is shown for each token, and its score.
+
+    Scores are aligned; characters spread over tokens are joined; special tokens at the start that have no score are
+    left out, runs of them collapsed; of a long token the start is shown, and how long it is.
+
+    Raises:
+        UserError: as many scores as tokens are not given, or one of them is not finite.
+    """
+    scores = [0.0] * len(row.tokens) if row.token_scores is None else [float(s) for s in row.token_scores]
+    if len(scores) != len(row.tokens):
+        raise UserError(f"sequence of rank {row.rank}: {len(scores)} token scores for {len(row.tokens)} tokens")
+    if not numpy.isfinite(scores).all():
+        raise UserError(f"sequence of rank {row.rank}: token scores hold nan or infinity, so no scale fits them")
+    if alignment == "predicted":
+        scores = [0.0, *scores[:-1]]
+    tokens = list(zip(row.tokens, scores, strict=True))
+    start = next((i for i, (token, score) in enumerate(tokens) if score or token.strip() not in SPECIAL), 0)
+    shown: list[Span] = []
+    run = 0
+    for token, score in tokens[start:]:
+        run = run + 1 if token.strip() in SPECIAL else 0
+        if run > 1:
+            shown[-1] = (f"⟨{token.strip()} ×{run}⟩", shown[-1][1] + score)
+        elif token or not shown:
+            if len(token) > LONGEST:
+                token = f"{token[:LONGEST]}… ⟨{len(token):,} characters⟩"
+            shown.append((visible((joiner if shown else "") + token), score))
+        else:  # the rest of a character that its first token shows
+            shown[-1] = (shown[-1][0], shown[-1][1] + score)
+    return shown
+
+
+def crop(text: list[Span], window: int) -> tuple[bool, list[Span]]:
+    """Whether `text` is longer than `window` tokens, and the window around its strongest token."""
+    if len(text) <= window:
+        return False, text
+    strongest = max(range(len(text)), key=lambda i: abs(text[i][1]))
+    start = max(0, min(strongest - window // 2, len(text) - window))
+    end = start + window
+    return True, [("… ", 0.0)] * (start > 0) + text[start:end] + [(" …", 0.0)] * (end < len(text))
+
+
+def level(score: float, clip: float) -> int:
+    """Step of shading, 0 (none) to LEVELS, linear up to `clip`."""
+    return min(LEVELS, round(LEVELS * abs(score) / clip))
+
+
+def facts(row: Row, overlap: int) -> str:
+    """What is known of a sequence, in one line."""
+    known = [f"#{row.rank:,}" + ("" if row.scored is None else f" of {row.scored:,}")]
+    if row.nats_per_copy is not None:
+        known.append(f"{number(row.nats_per_copy, sign=True)} nats per copy (raw {number(row.score, sign=True)})")
+    else:
+        known.append(f"raw {number(row.score, sign=True)} nats")
+    known += [visible(word) for word in (row.language, row.source) if word]
+    if row.bm25_rank is not None:
+        known.append(f"BM25 rank {row.bm25_rank:,}")
+    known.append(f"longest shared run {overlap} token{'' if overlap == 1 else 's'}")
+    if row.token_scores is not None and (total := float(numpy.abs(row.token_scores).sum())):
+        if float(numpy.linalg.norm(row.token_scores)) / total > SPARSE:
+            known.append("sparse: one token carries it")
+    return " · ".join(known)
