@@ -1,11 +1,12 @@
 """Layers and tokens (chapter 09): where in a model influence sits, and where in a text.
 
-A score is a sum over blocks (the paper's Eq 30), so that a ranking by some of the blocks alone is a ranking by influence on
-that part of the model. Block shares are read from the sequences that matter: the top of each query's ranking by all blocks.
+A score is a sum over blocks (the paper's Eq 30), so that a ranking by some of the blocks alone is a ranking by
+influence on that part of the model. Block shares are read from the sequences that matter: the top of each query's
+ranking by all blocks.
 
 A token map holds a score for each position of a sequence, [M, T] for M pairs of a query and a sequence. Scores of
-`token_scores` belong to the *updating* position, whose gradient changes the weights; the token that is predicted there is the
-next one. `by_token` reads such a map under either alignment, as scores of tokens:
+`token_scores` belong to the *updating* position, whose gradient changes the weights; the token that is predicted there
+is the next one. `by_token` reads such a map under either alignment, as scores of tokens:
 
     updating     the score at position t is the token's at t
     predicted    it is that of the token at t + 1
@@ -59,7 +60,7 @@ def reads(profile: Profile) -> list[Planned]:
 
 
 def layers(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
-    """Score the scan again, by layer; write scores.safetensors as `influence` does, with layer_values [Q, N, B] by block.
+    """Score the scan again; write scores.safetensors as `influence` does, with layer_values [Q, N, B] by block.
 
     Args:
         parameters: fraction, seed, device, damping; sequences (at most so many of the scan's, 0 for all of them).
@@ -117,8 +118,8 @@ def maps(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None
     """Token maps of a few sequences of each query: in Deep its strongest supporters, elsewhere its strongest sequences.
 
     Writes maps.safetensors, a row for each pair of a query and a sequence: queries [M] and rows [M] (positions in the
-    world's tables), values [M] (nats at epsilon = 1); by position (nats, see `token_scores`): ekfac [M, T], plain [M, T]
-    (gradient dot product), other [M, T] (EK-FAC, for another query of the same kind: the next one); and by token: replaced
+    world's tables), values [M] (nats at epsilon = 1); by position (nats, see `token_scores`): ekfac [M, T], plain
+    [M, T] (gradient dot product), other [M, T] (EK-FAC, for the next query of the same kind); and by token: replaced
     [M, T], the mean fall of the sequence's influence (nats) when the token is replaced.
 
     Args:
@@ -186,15 +187,15 @@ def replacing(
 ) -> Tensor:
     """Fall of each sequence's influence on one query, in nats, when one token is replaced: [k, T], the mean over draws.
 
-    The sequence is scored anew each time, so the result owes nothing to how a score falls into parts. 0 at the first token
-    and behind the last target.
+    The sequence is scored anew each time, so the result owes nothing to how a score falls into parts. 0 at the first
+    token and behind the last target.
 
     Args:
         model, factors, damping: As in `score`.
         query: One query, `input_ids` int64 [1, T], `loss_mask` bool [1, T].
         sequences: The same of k sequences.
-        pools: For each sequence the tokens to draw from; one that equals the token it replaces is drawn again as the next
-            of the pool.
+        pools: For each sequence the tokens to draw from; one that equals the token it replaces is drawn again as the
+            next of the pool.
         draws: Replacements of each token.
         rng: Draws them.
 
@@ -235,7 +236,7 @@ STAGES = {"layers": layers, "maps": maps}
 
 
 def _pairs(world: World, scan: dict, k: int, limit: int, rng) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """Pairs of a query (its position in the scan) and a column of the scan, the k best of each; and which queries have one."""
+    """Which queries have pairs, and these: a query (its place in the scan) and a column of it, the k best of each."""
     values = scan["values"]
     if world.name == "deep":
         member = deep.supporters(world, scan["rows"])[scan["queries"]]
@@ -254,7 +255,7 @@ def _pairs(world: World, scan: dict, k: int, limit: int, rng) -> tuple[np.ndarra
 
 
 def _following(world: World, queries: np.ndarray, asked: np.ndarray) -> dict[int, int]:
-    """For each query looked at, the one before it of its kind and language, in a circle: on whose sequences it is tried."""
+    """For each query the one before it of its kind and language, in a circle, on whose sequences it is tried."""
     names = [name for name in ("kind", "language") if name in world.queries.column_names]
     columns = [world.queries[name].to_pylist() for name in names]
     groups: dict[tuple, list[int]] = {}
@@ -285,8 +286,8 @@ def _some(batch: Mapping[str, Tensor], rows: np.ndarray) -> dict[str, Tensor]:
 def block_shares(block_values: np.ndarray, top: float = 0.01) -> np.ndarray:
     """Share of each block in the influence of each query's most influential sequences.
 
-    These are taken by the sum over blocks; within them each block's scores are added up, signs included, and a block that
-    comes out below 0 has no share.
+    These are taken by the sum over blocks; within them each block's scores are added up, signs included, and a block
+    that comes out below 0 has no share.
 
     Args:
         block_values: Scores by block [Q, N, B], nats.
@@ -308,13 +309,13 @@ def block_shares(block_values: np.ndarray, top: float = 0.01) -> np.ndarray:
 
 
 def centre_of_mass(shares: np.ndarray) -> np.ndarray:
-    """Mean depth of the influence: [Q] of shares [Q, B]; 0 is below the first block, 1 above the last, .5 for even shares."""
+    """Mean depth of the influence, [Q] of shares [Q, B]: 0 is below the first block, 1 above the last."""
     blocks = shares.shape[1]
     return shares @ ((np.arange(blocks) + 0.5) / blocks)
 
 
 def third_of(blocks: int) -> np.ndarray:
-    """Number of the third (0 lower, 1 middle, 2 upper) of each block: [B]. Raises UserError for fewer than three blocks."""
+    """Number of the third (0 lower, 1 middle, 2 upper) of each block, [B]. Raises UserError for fewer than three."""
     if blocks < 3:
         raise UserError(f"A model of {blocks} block(s) has no thirds; give one of 3 or more (the paper had 9).")
     return np.repeat(np.arange(3), [len(part) for part in np.array_split(np.arange(blocks), 3)])
@@ -335,8 +336,8 @@ def share_table(block_values: np.ndarray, kinds, top: float = 0.01) -> pandas.Da
         top: As in `block_shares`.
 
     Returns:
-        One row a query: kind, centre (of mass, 0 to 1), spread (standard deviation of the depth, as a share of it), lower,
-        middle, upper (shares of thirds, nan in a model of fewer than three blocks), block_0, block_1, …
+        One row a query: kind, centre (of mass, 0 to 1), spread (standard deviation of the depth, as a share of it),
+        lower, middle, upper (shares of thirds, nan in a model of fewer than three blocks), block_0, block_1, …
     """
     import pandas
 
@@ -363,9 +364,9 @@ def thirds_table(
         top: As in `block_shares`.
 
     Returns:
-        One row for each query that a contrast is read from: contrast (one of CONTRASTS), query, and for lower, middle, upper
-        and whole the lifts of the contrast's two kinds of sequence in the top share of the ranking by those blocks alone:
-        lower_first, lower_second, middle_first, …
+        One row for each query that a contrast is read from: contrast (one of CONTRASTS), query, and for lower, middle,
+        upper and whole the lifts of the contrast's two kinds of sequence in the top share of the ranking by those
+        blocks alone: lower_first, lower_second, middle_first, …
     """
     import pandas
 
@@ -386,30 +387,30 @@ def thirds_table(
 
 
 def preference(lifts: np.ndarray, axis: int = 0) -> np.ndarray:
-    """Mean of the first column over the sum of both means: [..., units, 2]. .5 is no preference, r / (1 + r) a ratio of r;
-    unlike the ratio it has a value where the second kind never comes up. nan where neither does."""
+    """Mean of the first column over the sum of both means: [..., units, 2]. .5 is no preference, r / (1 + r) a ratio of
+    r; unlike the ratio it has a value where the second kind never comes up. nan where neither does."""
     means = np.mean(lifts, axis=axis)
     with np.errstate(divide="ignore", invalid="ignore"):
         return means[..., 0] / (means[..., 0] + means[..., 1])
 
 
 def middle_above_ends(lifts: np.ndarray, axis: int = 0) -> np.ndarray:
-    """Preference of the middle third less the larger one of lower and upper: [..., units, 6] with the columns lower_first,
-    lower_second, middle_first, …"""
+    """Preference of the middle third less the larger one of lower and upper: [..., units, 6] with the columns
+    lower_first, lower_second, middle_first, …"""
     lower, middle, upper = (preference(lifts[..., start : start + 2], axis) for start in (0, 2, 4))
     return middle - np.maximum(lower, upper)
 
 
 def largest_block(shares: np.ndarray) -> float:
-    """Share of the block that holds most on average, as a multiple of an even share: [units, B]; 1 is even, B the most."""
+    """Share of the block that holds most on average, over an even share, of shares [units, B]: 1 is even."""
     return float(shares.mean(0).max() * shares.shape[1])
 
 
 def variance_explained(values, groups) -> float:
     """Share of the variance of values [n] that lies between groups [n], corrected for chance (epsilon squared).
 
-    0 is expected where groups mean nothing (it can come out below), 1 where values differ between groups only. nan where
-    values do not differ, or where there are not two groups with more values than groups.
+    0 is expected where groups mean nothing (it can come out below), 1 where values differ between groups only. nan
+    where values do not differ, or where there are not two groups with more values than groups.
     """
     values, groups = np.asarray(values, float), np.asarray(groups)
     values, groups = values[~np.isnan(values)], groups[~np.isnan(values)]
@@ -433,8 +434,8 @@ def permutation_test(values, groups, seeds, draws: int = 2000, seed: int = 0) ->
         seed: Of the generator.
 
     Returns:
-        The mean over seeds of `variance_explained`; p, one-sided: the share of permutations, the given order among them,
-        that explain as much; and what each of them explains [draws].
+        The mean over seeds of `variance_explained`; p, one-sided: the share of permutations, the given order among
+        them, that explain as much; and what each of them explains [draws].
     """
     values, groups, seeds = np.asarray(values, float), np.asarray(groups), np.asarray(seeds)
     rng = np.random.default_rng(seed)
@@ -460,7 +461,7 @@ def by_token(scores: np.ndarray, alignment: str) -> np.ndarray:
 
 
 def share(scores: np.ndarray, marked: np.ndarray) -> np.ndarray:
-    """Share of the |influence| of each map that marked tokens hold, [M]; nan for an empty map or where nothing is marked."""
+    """Share of the |influence| of each map that marked tokens hold, [M]; nan if it is empty or none is marked."""
     mass = np.abs(np.asarray(scores, float))
     total, marked = mass.sum(1), np.asarray(marked, bool)
     usable = (total > 0) & marked.any(1)
@@ -468,14 +469,14 @@ def share(scores: np.ndarray, marked: np.ndarray) -> np.ndarray:
 
 
 def hit(scores: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """1.0 where the token with the largest |score| is a key token, else 0.0: [M]; ties go to the first, nan as in `share`."""
+    """1.0 where the token of largest |score| is a key token, else 0.0: [M]; ties go to the first, nan as in `share`."""
     mass, key = np.abs(np.asarray(scores, float)), np.asarray(key, bool)
     found = key[np.arange(len(mass)), mass.argmax(1)].astype(float)
     return np.where((mass.max(1) > 0) & key.any(1), found, np.nan)
 
 
 def preferred(scores: np.ndarray, span: np.ndarray, rival: np.ndarray) -> np.ndarray:
-    """1.0 where the span holds more |influence| than its rival, .5 where as much, else 0.0: [M]; nan where either is empty."""
+    """1.0 where the span holds more |influence| than its rival, .5 where as much, else 0.0: [M]; nan without either."""
     mass = np.abs(np.asarray(scores, float))
     ours, theirs = (mass * span).sum(1), (mass * rival).sum(1)
     usable = span.any(1) & rival.any(1) & (mass.max(1) > 0)
@@ -491,7 +492,7 @@ def share_before(scores: np.ndarray, key: np.ndarray, most: int = 5) -> np.ndarr
         most: How far back.
 
     Returns:
-        [M, most]; nan where a pair has not just one key token, or the map is empty; 0 where a sequence does not reach back.
+        [M, most]; nan where a pair has not just one key token, or the map is empty; 0 before a sequence's beginning.
     """
     mass, key = np.abs(np.asarray(scores, float)), np.asarray(key, bool)
     total, usable = mass.sum(1), (key.sum(1) == 1) & (mass.sum(1) > 0)
@@ -524,8 +525,9 @@ def read_maps(
         candidates: Tokens that are targets, bool [M, T].
 
     Returns:
-        One row a pair that has a key, and reading: pair, method, alignment ("token" where replacing the token itself was
-        scored), hit, key_share, span_share, asked (the span over its rival), chance (of hit and key_share), span_chance.
+        One row a pair that has a key, and reading: pair, method, alignment ("token" where replacing the token itself
+        was scored), hit, key_share, span_share, asked (the span over its rival), chance (of hit and key_share),
+        span_chance.
     """
     import pandas
 
@@ -592,8 +594,8 @@ def thirds_of(trained: Trained, fraction: float, top: float) -> pandas.DataFrame
 
 
 def explained_by_kind(shares: pandas.DataFrame, draws: int = 300) -> pandas.DataFrame:
-    """How much of the variance of the centre of mass lies between kinds of query: one row a seed, observed and shuffled (the
-    mean over permutations)."""
+    """How much of the variance of the centre of mass lies between kinds of query: one row a seed, observed and shuffled
+    (the mean over permutations)."""
     import pandas
 
     parts = {
@@ -615,8 +617,8 @@ def preferences(thirds: pandas.DataFrame, contrast: str) -> dict[str, Estimate]:
 
 
 def maps_of(trained: Trained, fraction: float = END, rare: float = 0.05) -> pandas.DataFrame:
-    """`read_maps` of one checkpoint, with kind and seed. The key is the answer; in real text, where none is planted, it is the
-    tokens that the query holds too and that are rare (see `shared_tokens`)."""
+    """`read_maps` of one checkpoint, with kind and seed. The key is the answer; in real text, where none is planted, it
+    is the tokens that the query holds too and that are rare (see `shared_tokens`)."""
     world, maps = trained.world, _maps(trained, fraction)
     candidates = token_matrix(world.sequences, "loss_mask")[maps["rows"]].copy()
     candidates[:, 0] = False

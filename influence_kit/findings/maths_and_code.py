@@ -4,7 +4,7 @@ that computes the same or the one that looks the same?
 Three contrasts between tiers of the Procedures world, each the probability that a sequence of the first outranks one of
 the second (.5 where the ranking does not tell them apart):
 
-    auc          SA and S0 (same procedure; other names, numbers and verb) over ON and ONA (same names, another procedure)
+    auc          SA and S0 (same procedure; other names, numbers, verb) over ON and ONA (same names, another procedure)
     auc_answer   SA over OA: both share the answer and no other word, only one computes the same
     auc_nothing  S0 over O0: neither shares a word
 
@@ -114,7 +114,7 @@ def word_overlap(world: World, rows: np.ndarray, queries: np.ndarray) -> np.ndar
 def within_and_between(
     world: World, values: np.ndarray, queries: np.ndarray, method: str = "pearson"
 ) -> pandas.DataFrame:
-    """The mean correlation of a query's influences [N] with those of other queries of its kind that share no word with it.
+    """The mean correlation of a query's influences [N] with those of others of its kind that share no word with it.
 
     Args:
         world: A Procedures world.
@@ -124,7 +124,7 @@ def within_and_between(
 
     Returns:
         One row a query: kind, procedure (by name); within and between, over queries of the same procedure and of the
-        others, and gap, by which the first is more; answers count as words, and nan stands where there is no such query.
+        others, and gap, by which the first is more; answers count as words, and nan stands for no such query.
 
     Raises:
         UserError: Another method, or scores whose shape does not fit.
@@ -190,7 +190,7 @@ def _means(matrix: np.ndarray, usable: np.ndarray) -> np.ndarray:
 
 
 def read(trained: Trained, fraction: float = END, form: str = "raw", **options) -> pandas.DataFrame:
-    """`contrasts` of one checkpoint by a form of the score, with its size, seed and fraction of training; options: of `contrasts`."""
+    """`contrasts` of one checkpoint by a form of the score, with the model's size and seed; options: of `contrasts`."""
     scan = trained.scan(fraction)
     found = contrasts(trained.world, getattr(scan, form), scan.rows, scan.queries, **options)
     return found.assign(size=trained.parameters, seed=trained.seed, fraction=fraction)
@@ -242,7 +242,7 @@ def follows_accuracy(points: pandas.DataFrame) -> Estimate:
 
 
 def cards(smallest: Trained, largest: Trained, kind: str, found: pandas.DataFrame) -> CardView:
-    """One query in both models: of its kind, the one that three quarters rank below by AUC in the largest; found: of `read`."""
+    """One query in both models: of its kind, the one that three quarters lie below by AUC in the largest (of `read`)."""
     from influence_kit.reading.cards import side_by_side
 
     rows = pick(found, seed=largest.seed, size=largest.parameters).reset_index(drop=True)
@@ -253,7 +253,7 @@ def cards(smallest: Trained, largest: Trained, kind: str, found: pandas.DataFram
         scan = trained.scan()
         members = tiers(trained.world, scan.rows)
         labels = {
-            column: RELATIONS[name]
+            int(column): RELATIONS[name]
             for name, member in members.items()
             for column in np.flatnonzero(member[scan.queries[query]])
         }

@@ -1,6 +1,6 @@
-"""Memorisation (chapter 08): texts planted word for word in Atlas, and paragraphs of real text, continued from their middle.
+"""Memorisation (chapter 08): texts planted word for word, and paragraphs of real text, continued from their middle.
 
-Is the text itself what its continuation leans on most, and how well does a model continue texts that it was never trained on?
+Is the text itself what its continuation leans on most, and how well are texts continued that were never trained on?
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHORTEST = 16  # targets: a shorter paragraph has no half that could be recited
 
 
 def reads(profile: Profile) -> list[Planned]:
-    """Atlas and real text before and after training with their texts continued, and Atlas trained without some canaries."""
+    """Atlas and real text before and after training, their texts continued, and Atlas trained without some canaries."""
     found = planted_grid(profile, "atlas", fractions=(0.0, END), extra=("canaries",))
     found += trained_again(profile, "atlas", "08", "without_copies")
     return found + text_grid(profile, (0.0, END), extra=("recital",))
@@ -39,8 +39,8 @@ def reads(profile: Profile) -> list[Planned]:
 def canaries(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
     """Score all copies of all canaries, and as many other sequences as asked for, for every canary query.
 
-    Writes scores.safetensors as `influence` does, and fresh.parquet: log_p in nats of the second halves of as many canaries
-    that nobody was trained on, drawn like the planted ones.
+    Writes scores.safetensors as `influence` does, and fresh.parquet: log_p in nats of the second halves of as many
+    canaries that nobody was trained on, drawn like the planted ones.
 
     Args:
         parameters: fraction, seed, device, damping; sequences (others in the scan, beside the copies).
@@ -66,16 +66,16 @@ def canaries(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> 
 
 
 def recital(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
-    """Score second halves of paragraphs, given their first halves, against those paragraphs and others that were trained on.
+    """Score second halves of paragraphs, given their first halves, against those paragraphs and others trained on.
 
-    Writes recital.parquet, a row for each paragraph read: trained, position (in the world's sequences, or in its held_out
-    where it was never trained on), targets (of the second half), log_p (nats, theirs), recited (each of them is the likeliest),
-    and asked (its row in the scores, -1 where it was only read); and scores.safetensors as `influence` does, whose `queries`
-    are rows of that table.
+    Writes recital.parquet, a row for each paragraph read: trained, position (in the world's sequences, or in its
+    held_out where it was never trained on), targets (of the second half), log_p (nats, theirs), recited (each of them
+    is the likeliest), and asked (its row in the scores, -1 where it was only read); and scores.safetensors as
+    `influence` does, whose `queries` are rows of that table.
 
     Args:
-        parameters: fraction, seed, device, damping; queries (paragraphs of each of two kinds: trained on, and never seen),
-            sequences (others in the scan, beside the paragraphs that are asked).
+        parameters: fraction, seed, device, damping; queries (paragraphs of each of two kinds: trained on, and never
+            seen), sequences (others in the scan, beside the paragraphs that are asked).
 
     Raises:
         UserError: The world has fewer paragraphs of 16 targets or more than are asked for.
@@ -90,8 +90,8 @@ def recital(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> N
     wanted, most = parameters["queries"], min(len(unseen), len(trained))
     if not 1 <= wanted <= most:
         raise UserError(
-            f"recital: queries={wanted!r} must be between 1 and {most}, the number of paragraphs of {SHORTEST} targets or "
-            "more that were trained on, or held out"
+            f"recital: queries={wanted!r} must be between 1 and {most}, the number of paragraphs of {SHORTEST} targets "
+            "or more that were trained on, or held out"
         )
     trained = trained[: len(unseen)]
     others = rng.permutation(np.setdiff1d(np.arange(world.sequences.num_rows), trained[:wanted]))[
@@ -145,7 +145,7 @@ def _scored(
 
 
 def second_halves(table: pa.Table, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """`input_ids` int64 [N, T] and `loss_mask` bool [N, T] of the given rows, of whose targets the second half is left."""
+    """`input_ids` int64 [N, T] and `loss_mask` bool [N, T] of the given rows, the second half of their targets left."""
     mask = _targets(table)[rows]
     count = mask.cumsum(1)
     return {
@@ -175,9 +175,9 @@ def sources(world: World, values: np.ndarray, rows: np.ndarray, queries: np.ndar
         queries: The canary queries [Q].
 
     Returns:
-        One row a query: repetitions (copies in the corpus), hit (the most influential sequence is a copy), share (of all
-        positive influence in the scan, held by all copies), one_copy (the same, for one of them), lexical_hit (BM25's best
-        is a copy).
+        One row a query: repetitions (copies in the corpus), hit (the most influential sequence is a copy), share (of
+        all positive influence in the scan, held by all copies), one_copy (the same, for one of them), lexical_hit
+        (BM25's best is a copy).
     """
     import pandas
 
@@ -201,7 +201,7 @@ def sources(world: World, values: np.ndarray, rows: np.ndarray, queries: np.ndar
 
 
 def others(world: World, values: np.ndarray, rows: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """The control of `sources`: 1.0 where a copy of another canary, planted as often, is on top for a canary query, [Q].
+    """The control of `sources`, [Q]: 1.0 where a copy of another canary, planted as often, is on top for a canary.
 
     Raises:
         UserError: No other canary was repeated as often.
@@ -227,9 +227,9 @@ def recitals(world: World, values: np.ndarray, rows: np.ndarray, read: pandas.Da
         read: recital.parquet.
 
     Returns:
-        One row a scored paragraph of the `recital` stage: trained, loss (nats a target of the second half), hit (the most
-        influential sequence is the same text), strongest and share (of all positive influence, held by the most influential
-        sequence, and by the same text), lexical_hit (hit by BM25 of the second half alone).
+        One row a scored paragraph of the `recital` stage: trained, loss (nats a target of the second half), hit (the
+        most influential sequence is the same text), strongest and share (of all positive influence, held by the most
+        influential sequence, and by the same text), lexical_hit (hit by BM25 of the second half alone).
     """
     import pandas
 
@@ -263,7 +263,7 @@ def recitals(world: World, values: np.ndarray, rows: np.ndarray, read: pandas.Da
 
 
 def largest_share(values: np.ndarray) -> np.ndarray:
-    """Share of each query's positive influence that its single most influential sequence holds, [Q] of values [Q, N]."""
+    """Share of each query's positive influence that its one most influential sequence holds, [Q] of values [Q, N]."""
     positive = np.maximum(values, 0)
     return positive.max(1) / positive.sum(1)
 
@@ -279,19 +279,19 @@ def scanned(trained: Trained, kind: str, fraction: float) -> Scanned:
 
 
 def canaries_of(trained: Trained, fraction: float, form: str) -> pandas.DataFrame:
-    """One row a canary: what `sources` says by a form of the score, other_hit (`others`), gain (nats that training made it
-    likelier by than canaries never planted), recited, and the model's size, seed and fraction of training."""
+    """One row a canary: what `sources` says by a form of the score, other_hit (`others`), gain (nats that training made
+    it likelier by than canaries never planted), recited, and the model's size, seed and fraction of training."""
     import pandas
 
     scan, world = scanned(trained, "canaries", fraction), trained.world
-    found, wrong = (by(world, getattr(scan, form), scan.rows, scan.queries) for by in (sources, others))
+    read = world, getattr(scan, form), scan.rows, scan.queries
     never = pandas.read_parquet(trained.extra("canaries", fraction) / "fresh.parquet")["log_p"].mean()
     answers = pick(trained.answers, kind="canary")
     apart = (answers["fraction"] - fraction).abs()
     told = answers[apart == apart.min()].set_index("query").loc[scan.queries]
     about = {"size": trained.parameters, "seed": trained.seed, "fraction": fraction}
     about |= {"gain": told["log_p"].to_numpy() - never, "recited": told["correct"].to_numpy().astype(float)}
-    return found.assign(other_hit=wrong, **about)
+    return sources(*read).assign(other_hit=others(*read), **about)
 
 
 def facts_of(trained: Trained, form: str) -> pandas.DataFrame:
@@ -305,7 +305,7 @@ def facts_of(trained: Trained, form: str) -> pandas.DataFrame:
 
 
 def recitals_of(trained: Trained, fraction: float, form: str) -> tuple[pandas.DataFrame, pandas.DataFrame]:
-    """(`recitals` by a form of the score, recital.parquet with loss in nats a target), with size, seed and fraction of training."""
+    """`recitals` by a form of the score, and recital.parquet with loss (nats a target), with size and seed."""
     import pandas
 
     scan, about = (

@@ -1,16 +1,16 @@
 """Word order (chapter 07): phrases about facts of Atlas, forward and flipped, what influence says of them, and what a
 finetuning step on each really does.
 
-The paper writes such sentences by hand for a query like "The first President of the United States was George Washington"
-(Grosse et al. 2023, Sec. 5.3.4): the fact as asked, reworded, with one part altered, with a part left out, and flipped, so that the
-answer comes before what it is the answer to. Here a query is "ENTITY word word -> VALUE" and a phrase is one statement at
-the beginning of a document, padded to the world's length:
+The paper writes such sentences by hand for a query like "The first President of the United States was George
+Washington" (Grosse et al. 2023, Sec. 5.3.4): the fact as asked, reworded, with one part altered, with a part left out,
+and flipped, so that the answer comes before what it is the answer to. Here a query is "ENTITY word word -> VALUE" and a
+phrase is one statement at the beginning of a document, padded to the world's length:
 
     <bos> filler  ENTITY word word VALUE .
 
 Where a part is left out, filler words stand in its place, so that every phrase has the same number of targets. All
-phrases of one instance begin with the same filler, so that they differ in the statement only; instances differ in fillers and
-in whatever a partition leaves open (another entity, another value, another template).
+phrases of one instance begin with the same filler, so that they differ in the statement only; instances differ in
+fillers and in whatever a partition leaves open (another entity, another value, another template).
 """
 
 from __future__ import annotations
@@ -69,16 +69,16 @@ def reads(profile: Profile) -> list[Planned]:
 def order(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
     """Score every phrase for its query, and measure what finetuning on it does to the query's log-probability.
 
-    Writes order.parquet, a row for each query, partition and instance: query (position in the world's table), partition,
-    instance; seen (whether training states the fact in the query's language); log_p (nats, the query's); word_log_p (nats,
-    of the last word in the phrase: for a flipped one the entity, so whether the model knows the fact that way round);
-    influence (nats at epsilon = 1), relatif; and what `referees.finetuning` measured: delta_half, delta, scored_delta, learned,
-    phrase_learned (nats).
+    Writes order.parquet, a row for each query, partition and instance: query (position in the world's table),
+    partition, instance; seen (whether training states the fact in the query's language); log_p (nats, the query's);
+    word_log_p (nats, of the last word in the phrase: for a flipped one the entity, so whether the model knows the fact
+    that way round); influence (nats at epsilon = 1), relatif; and what `referees.finetuning` measured: delta_half,
+    delta, scored_delta, learned, phrase_learned (nats).
 
     Args:
-        parameters: fraction, seed, device, damping; queries (of each of two kinds: facts stated in the query's language, and
-            facts never stated in it), instances (phrases a partition), step (learning rate of one small step, on the
-            phrase's summed loss), rate and steps (of `steps` larger ones).
+        parameters: fraction, seed, device, damping; queries (of each of two kinds: facts stated in the query's
+            language, and facts never stated in it), instances (phrases a partition), step (learning rate of one small
+            step, on the phrase's summed loss), rate and steps (of `steps` larger ones).
     """
     from influence_kit import models
     from influence_kit.engine.factors import Factors
@@ -143,8 +143,8 @@ def phrases(world: World, queries: Sequence[int] | np.ndarray, instances: int = 
         seed: Of whatever a partition leaves open.
 
     Returns:
-        Rows ordered by query, partition (as in PARTITIONS) and instance; columns query (position), partition, instance, and
-        `input_ids` and `loss_mask` of the world's length (first token and padding are no targets).
+        Rows ordered by query, partition (as in PARTITIONS) and instance; columns query (position), partition, instance,
+        and `input_ids` and `loss_mask` of the world's length (first token and padding are no targets).
 
     Raises:
         UserError: Another world, a query that asks for no fact, fewer than one instance, or a world too small to alter.
@@ -168,9 +168,9 @@ def phrases(world: World, queries: Sequence[int] | np.ndarray, instances: int = 
 
 
 def fact_queries(world: World, seen: bool = True) -> np.ndarray:
-    """Positions of an Atlas world's fact queries that training states in the query's language, or (`seen=False`) never does.
+    """Positions of an Atlas world's fact queries that training states in the query's language, or (`seen=False`) not.
 
-    An unseen fact is stated in the other language only. Its entity is known: Atlas has no entity that is never mentioned.
+    An unseen fact is stated in the other language only. Its entity is known: Atlas mentions every one.
     """
     stated = world.queries["statements_same"].to_numpy()
     return np.flatnonzero((world.queries["fact"].to_numpy() >= 0) & ((stated > 0) if seen else (stated == 0)))
@@ -323,7 +323,7 @@ def accuracy(answers: pandas.DataFrame, size: int, arm: str = "base") -> Estimat
 
 
 def ratio(table: pandas.DataFrame, above: str, below: str) -> Estimate:
-    """Mean of one partition over the mean of another in a table of `means`, over queries within a seed; averaged over seeds.
+    """Mean of one partition over the mean of another, in a table of `means`: within a seed, averaged over seeds.
 
     A ratio of means, not a mean of ratios: single queries may have next to nothing below.
     """
@@ -331,7 +331,7 @@ def ratio(table: pandas.DataFrame, above: str, below: str) -> Estimate:
 
 
 def excess(table: pandas.DataFrame, above: str, below: str) -> Estimate:
-    """What one partition has beyond another, in units of the forward one: (mean above - mean below) / mean forward, as in `ratio`.
+    """What one partition has beyond another, in units of the forward one: (above - below) / forward, as in `ratio`.
 
     For partitions that do next to nothing, where a quotient would have nothing below it.
     """

@@ -1,7 +1,7 @@
-"""What a model says after it is finetuned on one sequence alone: the truth that influence on a sequence to come foretells.
+"""What a model says after it is finetuned on one sequence alone: the truth that influence foretells.
 
-Every sequence has a copy of the model to itself. Copies of little models take their steps together, their weights stacked:
-alone they would wait for Python.
+Every sequence has a copy of the model to itself. Copies of little models take their steps together, their weights
+stacked: alone they would wait for Python.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def finetuning(
     scored: tuple[str, ...] = (),
     progress: Callable[[int, int], None] = lambda done, to_do: None,
 ) -> dict[str, np.ndarray]:
-    """Changes of log p in nats when the model is finetuned on one sequence alone; it is the same model for each, and left as it was.
+    """Changes of log p in nats when a model, the same for each and left as it was, is finetuned on one sequence alone.
 
-    A step is plain gradient descent on the sequence's summed loss, over all weights. One small step changes log p by the
-    learning rate times the dot product of gradients, so it says what the sequence does locally; many larger ones end where
-    the model knows the sequence.
+    A step is plain gradient descent on the sequence's summed loss, over all weights. One small step changes log p by
+    the learning rate times the dot product of gradients, so it says what the sequence does locally; many larger ones
+    end where the model knows the sequence.
 
     Args:
         model: A causal LM; in float64 small changes stay exact.
@@ -50,9 +50,10 @@ def finetuning(
         progress: Called with the number of sequences done, and of all.
 
     Returns:
-        Each [N], nats: `delta` and `delta_half`, the query's change after one step of size `step` and of half of it (delta =
-        2 delta_half where the response is linear); `scored_delta`, to first order in `step`, if only the weights of the scored
-        layers moved; `learned`, the query's change after the larger steps, and `phrase_learned`, the sequence's own.
+        Each [N], nats: `delta` and `delta_half`, the query's change after one step of size `step` and of half of it
+        (delta = 2 delta_half where the response is linear); `scored_delta`, to first order in `step`, if only the
+        weights of the scored layers moved; `learned`, the query's change after the larger steps, and `phrase_learned`,
+        the sequence's own.
 
     Raises:
         UserError: A step, rate or number of steps that is not positive.
