@@ -242,7 +242,7 @@ def follows_accuracy(points: pandas.DataFrame) -> Estimate:
 
 
 def cards(smallest: Trained, largest: Trained, kind: str, found: pandas.DataFrame) -> CardView:
-    """One query in both models: of its kind, the one that three quarters lie below by AUC in the largest (of `read`)."""
+    """One query in both models: of its kind, the one that three quarters lie below by AUC in the largest."""
     from influence_kit.reading.cards import side_by_side
 
     rows = pick(found, seed=largest.seed, size=largest.parameters).reset_index(drop=True)
