@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import pandas
     import torch
 
-    from influence_kit.findings.trained import Run
+    from influence_kit.findings.trained import Trained
     from influence_kit.referees.pbrf import ProximalResponse, Response
     from influence_kit.referees.rivals import Setting
 
@@ -394,7 +394,7 @@ def rival_of(halves: pandas.DataFrame, corpus: str) -> dict[str, str]:
     }
 
 
-def scores_of(run: Run) -> dict[str, np.ndarray]:
+def scores_of(run: Trained) -> dict[str, np.ndarray]:
     """Scores [Q, N] by method."""
     from safetensors.numpy import load_file
 
@@ -403,17 +403,17 @@ def scores_of(run: Run) -> dict[str, np.ndarray]:
     return {name: tensors[f"{number:03}"] for number, name in enumerate(names)}
 
 
-def corpus_of(run: Run) -> str:
+def corpus_of(run: Trained) -> str:
     """A reader's word for what a model was trained on."""
     return "real text" if run.corpus == "little_text" else "Atlas"
 
 
-def architecture_of(run: Run) -> str:
+def architecture_of(run: Trained) -> str:
     """What kind of model it is."""
-    return run.trained.model.parameters["architecture"]
+    return run.planned.model.parameters["architecture"]
 
 
-def responses_of(run: Run) -> tuple[np.ndarray, np.ndarray]:
+def responses_of(run: Trained) -> tuple[np.ndarray, np.ndarray]:
     """True responses [Q, M] and the columns of the scores that they belong to; without those that did not converge."""
     from safetensors.numpy import load_file
 
@@ -422,7 +422,7 @@ def responses_of(run: Run) -> tuple[np.ndarray, np.ndarray]:
     return truth["log_p"][there].T, truth["places"][there]
 
 
-def judged(run: Run) -> Iterator[pandas.DataFrame]:
+def judged(run: Trained) -> Iterator[pandas.DataFrame]:
     """How every method's scores agree with the proximal responses, over the sequences that were solved for: r, rho, slope."""
     import pandas
 
@@ -437,19 +437,19 @@ def judged(run: Run) -> Iterator[pandas.DataFrame]:
         yield pandas.DataFrame(rows | {"method": method, "seed": run.seed, "architecture": architecture_of(run)})
 
 
-def slopes_by_sequence(run: Run) -> np.ndarray:
+def slopes_by_sequence(run: Trained) -> np.ndarray:
     """What share of what the exact matrix says a sequence moves the queries by, [M]."""
     responses, places = responses_of(run)
     return slopes(responses.T, scores_of(run)["exact"][:, places].T)
 
 
-def _bank_of(run: Run) -> dict[str, np.ndarray]:
+def _bank_of(run: Trained) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     return load_file(run.extra("bank") / "bank.safetensors")
 
 
-def retrained(run: Run) -> Iterator[pandas.DataFrame]:
+def retrained(run: Trained) -> Iterator[pandas.DataFrame]:
     """The linear datamodelling score of every method. Answers are averaged over the trainings of a half."""
     import pandas
 
@@ -462,7 +462,7 @@ def retrained(run: Run) -> Iterator[pandas.DataFrame]:
         yield pandas.DataFrame({"lds": lds(scores, halves["members"], answers), "method": method, **about})
 
 
-def repeats(run: Run) -> pandas.DataFrame:
+def repeats(run: Trained) -> pandas.DataFrame:
     """Correlation over halves of two trainings' answers: what a perfect prediction could be judged by."""
     import pandas
 
@@ -471,7 +471,7 @@ def repeats(run: Run) -> pandas.DataFrame:
     return pandas.DataFrame({"r": found, "seed": run.seed, "corpus": corpus_of(run)})
 
 
-def mistaken(run: Run) -> pandas.DataFrame:
+def mistaken(run: Trained) -> pandas.DataFrame:
     """LDS of EK-FAC's scores for another query, half of the list away."""
     import pandas
 
@@ -481,7 +481,7 @@ def mistaken(run: Run) -> pandas.DataFrame:
     return pandas.DataFrame({"lds": found, "method": "another query", "seed": run.seed})
 
 
-def foreseen(run: Run) -> Iterator[pandas.DataFrame]:
+def foreseen(run: Trained) -> Iterator[pandas.DataFrame]:
     """How well EK-FAC foresees what became of each query when strong sequences were left out or doubled, by way and count."""
     import pandas
 
@@ -493,7 +493,7 @@ def foreseen(run: Run) -> Iterator[pandas.DataFrame]:
             yield pandas.DataFrame({"foreseen": values, "way": way, "count": int(count), "seed": run.seed})
 
 
-def own_changes(run: Run) -> Iterator[pandas.DataFrame]:
+def own_changes(run: Trained) -> Iterator[pandas.DataFrame]:
     """What its own strongest sequences did to each asked query, nats, by way and count."""
     import pandas
 
@@ -504,13 +504,13 @@ def own_changes(run: Run) -> Iterator[pandas.DataFrame]:
             yield pandas.DataFrame({"own": own[:, place], "way": way, "count": int(count), "seed": run.seed})
 
 
-def _reweighted_of(run: Run) -> dict[str, np.ndarray]:
+def _reweighted_of(run: Trained) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     return load_file(run.extra("reweighted") / "reweighted.safetensors")
 
 
-def searched(run: Run, world: str, k: int) -> Iterator[pandas.DataFrame]:
+def searched(run: Trained, world: str, k: int) -> Iterator[pandas.DataFrame]:
     """Precision and recall at k by method and by what was planted, queries that have none of it left out."""
     import pandas
     from safetensors.numpy import load_file
@@ -524,7 +524,7 @@ def searched(run: Run, world: str, k: int) -> Iterator[pandas.DataFrame]:
             yield pandas.DataFrame({"precision": precision, "recall": recall, **about}).dropna()
 
 
-def bills(runs: list[Run]) -> pandas.Series:
+def bills(runs: list[Trained]) -> pandas.Series:
     """Seconds of every method over those of plain gradient products, the median over models; what costs nothing beside another
     method, or says nothing, is left out."""
     import pandas
@@ -542,7 +542,7 @@ def damping_of(method: str, own: float) -> float:
     return own if method == "EK-FAC" else float(method.removeprefix("EK-FAC, damping "))
 
 
-def most_solved(run: Run) -> tuple[int, dict[int, str]]:
+def most_solved(run: Trained) -> tuple[int, dict[int, str]]:
     """The query with most proximal responses among its five highest scores, and the response to each solved sequence in words."""
     (responses, places), scan = responses_of(run), run.scan(kind=None)
     solved = [len({*row.argsort()[::-1][:5].tolist()} & {*places.tolist()}) for row in scan.raw]

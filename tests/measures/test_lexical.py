@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
+from influence_kit.corpora.worlds import ladder
 from influence_kit.errors import UserError
 from influence_kit.measures import lexical
 
@@ -87,3 +88,12 @@ def test_refusals_name_the_value():
         lexical.token_counts([[1, 7]], vocabulary_size=3)
     with pytest.raises(UserError, match="mask has 1 entries"):
         lexical.token_counts([[1, 7]], mask=[[True]])
+
+
+def test_overlap_sees_the_response_word_of_ladder_and_not_the_rule():
+    small = {"agent_classes": 4, "event_classes": 4, "response_classes": 4, "class_words": 8, "flavours": 2}
+    world = ladder.build(ladder.Ladder(**small, documents=3000, queries=12, asked=2, held_out=50, dropped_cells=4))
+    rows, queries = np.arange(world.sequences.num_rows), np.arange(12)
+    values, members = lexical.overlap(world, rows, queries, b=0.75), ladder.tiers(world, rows)
+    sharing = [values[members[tier][queries]].mean() for tier in ("T2", "T0r", "T3", "T5")]
+    assert sharing[0] == pytest.approx(sharing[1], rel=0.05) and sharing[1] > 2 * max(sharing[2:])
