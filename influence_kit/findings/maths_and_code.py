@@ -25,7 +25,7 @@ from influence_kit.errors import UserError
 from influence_kit.findings.families import END, Planned, planted_grid, section, trained_again
 from influence_kit.findings.profiles import Profile
 from influence_kit.findings.trained import Trained
-from influence_kit.measures.intervals import Estimate, estimate_of, pick
+from influence_kit.measures.intervals import pick
 from influence_kit.measures.lexical import bm25
 from influence_kit.measures.lifts import auc, lift
 
@@ -228,17 +228,6 @@ def by_checkpoint(along: pandas.DataFrame, answers: pandas.DataFrame) -> pandas.
     reached = answers[answers["fraction"] > 0].copy()
     reached["fraction"] = reached["fraction"].map(lambda fraction: min(path, key=lambda kept: abs(kept - fraction)))
     return along.groupby(keys)["auc"].mean().to_frame().join(reached.groupby(keys)["correct"].mean()).reset_index()
-
-
-def follows_accuracy(points: pandas.DataFrame) -> Estimate:
-    """Rank correlation of AUC and accuracy over sizes and checkpoints, within each seed; points: of `by_checkpoint`."""
-
-    def correlation(sample: np.ndarray) -> float:
-        import pandas
-
-        return pandas.DataFrame(sample).corr("spearman").iloc[0, 1]
-
-    return estimate_of(points, ["auc", "correct"], correlation, method="t", bounds=(-1, 1))
 
 
 def cards(smallest: Trained, largest: Trained, kind: str, found: pandas.DataFrame) -> CardView:

@@ -322,3 +322,14 @@ def largest_minus_smallest(rows, columns, statistic: Callable = np.mean, **optio
 def difference_in_differences(rows, column: str = "change", **options) -> Estimate:
     """`difference_of` rows that are `treated` and the others: what a treatment changed beyond what changed anyway."""
     return difference_of(rows[rows["treated"]], rows[~rows["treated"]], column, **options)
+
+
+def rank_correlation_of(rows, columns: Sequence[str]) -> Estimate:
+    """Spearman's correlation of two columns of a table within each of its seeds, with Student's t over the seeds."""
+
+    def correlation(sample: np.ndarray) -> float:
+        import pandas
+
+        return pandas.DataFrame(sample).corr("spearman").iloc[0, 1]
+
+    return estimate_of(rows, list(columns), correlation, method="t", bounds=(-1, 1))

@@ -1,0 +1,525 @@
+"""Role-play (chapter 06): how far up a query's ranking its persona, its plan and its description stand in Cast, words
+being equal; and in real dialogue, do a speaker's lines count for more than others' that share as many words?
+
+An effect is the lift of one tier over that of another which shares the same words with the query but for the ones that
+the effect is named after: `persona` adds the persona, `planner` the goal and the question, `rule` the goal alone to
+documents that have the question and the action already; `description` adds nothing, its two tiers share the persona
+only. A bare lift says little: documents that share an action word only reach high ones too. What the added word does by
+being the same word is to be read off a world in which it means nothing: the persona in the planning world, goal and
+question in the two others.
+
+A ratio adds chance, a lift of 1, to both lifts: it has a value where a tier never comes up, and is 1 where neither is
+common in the top, whatever the ratio of two small numbers. Ratios are averaged over seeds on the log scale: one tier
+ten times as common and one a tenth as common average to 1.
+
+In dialogue each line of the one kind is compared with the lines of the other kind that come next to it in token overlap
+with the query, below and above, weighted so that their mean overlap is its own, and that come from the query's scenario
+if it does, from another if it does not; what is read is how often it outranks them. .5 is what token overlap and scene
+give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from influence_kit.corpora.texts.wesnoth import NARRATOR
+from influence_kit.corpora.world import World, token_matrix
+from influence_kit.corpora.worlds.cast import tiers
+from influence_kit.errors import UserError
+from influence_kit.findings.families import END, Planned, dialogue_grid, planted_grid
+from influence_kit.findings.profiles import Profile
+from influence_kit.findings.trained import Trained, paired
+from influence_kit.measures.checkpoints import half_nat
+from influence_kit.measures.intervals import Estimate, difference_of, estimate_of, pick
+from influence_kit.measures.lexical import bm25, token_counts
+from influence_kit.measures.lifts import auc, lift
+
+if TYPE_CHECKING:
+    import pandas
+
+    from influence_kit.reading.cards import CardView
+
+WORLDS = {"base": "imitation", "description": "description only", "planning": "planning only"}  # by their arm of Cast
+SOURCES = {"imitation": "demonstrations", "description only": "descriptions", "planning only": "planners"}
+EFFECTS = {
+    "persona": ("demo_persona_action", "demo_action"),
+    "planner": ("planner_pair_action", "planner_action"),
+    "rule": ("planner_pair_action", "planner_question_action"),
+    "description": ("description_persona_dimension", "description_persona"),
+    # The same words where they are only mentioned: what sharing them does by itself.
+    "persona_mention": ("neutral_persona_action", "neutral_action"),
+    "planner_mention": ("neutral_pair_action", "neutral_action"),
+}
+LIFTS = ["first", "second"]  # those of an effect's two tiers
+CHANCE = 1.0  # a lift
+RELATIONS = {
+    "demo_persona_action": "same persona, same action",
+    "demo_action": "demonstration, same action",
+    "demo_wish_action": "demonstration, same action, goal or question",
+    "planner_pair_action": "planner of this goal and question",
+    "planner_question_action": "planner, same question and action",
+    "planner_goal_action": "planner, same goal and action",
+    "planner_action": "planner, same action only",
+    "description_persona_dimension": "description of this trait",
+}
+FAMILIES = {"base": "named", "unnamed": "unnamed"}  # of dialogue, by their arm
+
+
+def reads(profile: Profile) -> list[Planned]:
+    """The three worlds of Cast along training and with documents taken out, and spoken lines with and without names."""
+    found = dialogue_grid(profile, tuple(FAMILIES))
+    if profile.cast is None:
+        return found
+    worlds = planted_grid(profile, "cast", tuple(WORLDS), (*profile.cast.scan.fractions, END))
+    return worlds + planted_grid(profile, "cast", dropped_arms(profile), ()) + found
+
+
+def dropped_arms(profile: Profile) -> list[str]:
+    """The arms of Cast that are trained again with documents taken out."""
+    return [name for name, arm in profile.cast.arms.items() if arm.world.get("dropped")]
+
+
+def contrasts(scores, tiers: Mapping[str, np.ndarray], top: float = 0.01) -> pandas.DataFrame:
+    """What each of EFFECTS compares.
+
+    Args:
+        scores: Of any form [Q, N].
+        tiers: bool [Q, N] by name, as `corpora.worlds.cast.tiers` gives them for the scanned rows and scored queries.
+        top: The share of sequences that counts as most influential.
+
+    Returns:
+        A row for each effect and query, in the order of EFFECTS: query (row of `scores`), effect, first and second
+        (lifts of its two tiers in the top share; nan where either is empty), preference (how often a sequence of the
+        first tier outranks one of the second, .5 by chance: it reads whole rankings, so it says something where other
+        documents crowd both tiers out of the top).
+
+    Raises:
+        UserError: nan among the scores, shapes that do not fit, or a tier that an effect needs is missing.
+    """
+    import pandas
+
+    if missing := sorted({tier for pair in EFFECTS.values() for tier in pair} - set(tiers)):
+        raise UserError(f"There is no tier {', '.join(missing)}; take the tiers of a Cast world.")
+    scores = np.asarray(scores)
+    found = []
+    for name, pair in EFFECTS.items():
+        one, other = (np.broadcast_to(tiers[tier], scores.shape) for tier in pair)
+        lacking = ~(one.any(1) & other.any(1))
+        columns = {"first": lift(scores, one, top), "second": lift(scores, other, top)}
+        columns["preference"] = np.array(_preference(scores, one, other))
+        columns = {column: np.where(lacking, np.nan, values) for column, values in columns.items()}
+        found.append(pandas.DataFrame({"query": np.arange(len(scores)), "effect": name, **columns}))
+    return pandas.concat(found, ignore_index=True)
+
+
+def log_ratio(values: np.ndarray, axis: int = 0) -> np.ndarray:
+    """log2 of the mean first lift over the mean second, chance added to both: [..., units, 2], `axis` the units'."""
+    first, second = np.moveaxis(np.mean(values, axis=axis), -1, 0)
+    return np.log2((first + CHANCE) / (second + CHANCE))
+
+
+def effect(rows: pandas.DataFrame, **options) -> Estimate:
+    """One effect's ratio with its interval.
+
+    Ratio of the mean lifts over queries within a seed, averaged over seeds on the log scale. nan where no query has
+    both
+    tiers: in the imitation world nobody who is asked was described, so there is no description effect.
+
+    Args:
+        rows: Of `contrasts`, of that effect, with a column seed.
+        options: Of `measures.intervals.bootstrap`.
+    """
+    return _raised(estimate_of(rows, LIFTS, log_ratio, **options))
+
+
+def quotient_of_effects(rows: pandas.DataFrame, others: pandas.DataFrame, **options) -> Estimate:
+    """One effect's ratio over another's, within each seed: both as in `effect`, of the same seeds.
+
+    Raises:
+        UserError: Only one of them has a seed.
+    """
+    return _raised(difference_of(rows, others, LIFTS, statistic=log_ratio, **options))
+
+
+def _raised(logs: Estimate) -> Estimate:
+    return replace(logs, value=2.0**logs.value, low=2.0**logs.low, high=2.0**logs.high)
+
+
+def effects(rows: pandas.DataFrame, names: Iterable[str] = tuple(EFFECTS)) -> dict[tuple[str, str], Estimate]:
+    """`effect` by (effect, world), of rows of `read`; a world in which an effect's tiers are empty has none."""
+    parts = {(name, world): pick(rows, effect=name, world=world) for name in names for world in WORLDS.values()}
+    return {key: effect(part) for key, part in parts.items() if part["first"].notna().any()}
+
+
+def effects_along(rows: pandas.DataFrame, names: Iterable[str]) -> pandas.DataFrame:
+    """log2 of effects at each fraction of training: model (the world), effect, fraction, log2_effect, low, high."""
+    import pandas
+
+    at = {fraction: effects(part, names) for fraction, part in rows.groupby("fraction")}
+    return pandas.DataFrame(
+        {
+            "model": world,
+            "effect": f"{name} effect",
+            "fraction": fraction,
+            "log2_effect": np.log2(found[name, world].value),
+            "low": np.log2(found[name, world].low),
+            "high": np.log2(found[name, world].high),
+        }
+        for name in names
+        for world in WORLDS.values()
+        for fraction, found in at.items()
+        if (name, world) in found
+    )
+
+
+def _preference(scores: np.ndarray, first: np.ndarray, second: np.ndarray) -> list[float]:
+    """Area under the curve between the two tiers, [Q]."""
+    pairs = ((row[a | b], a[a | b]) for row, a, b in zip(scores, first, second))
+    return [float(auc(row, member)) if len(row) else np.nan for row, member in pairs]
+
+
+def checkpoint(trained: Trained, fractions: Iterable[float], nats: float) -> float:
+    """The fraction of training at which a model is read: where its queries' mean loss is nearest `nats`."""
+    return half_nat(trained.answers, fractions, nats)
+
+
+def _about(trained: Trained) -> dict[str, object]:
+    return {"world": WORLDS[trained.arm], "size": trained.parameters, "seed": trained.seed}
+
+
+def _members(trained: Trained, scan) -> dict[str, np.ndarray]:
+    return {name: member[scan.queries] for name, member in tiers(trained.world, scan.rows).items()}
+
+
+def read(trained: Trained, fraction: float, form: str, top: float) -> pandas.DataFrame:
+    """`contrasts` of one checkpoint by a form of the score, with its world, size, seed and fraction of training."""
+    scan = trained.scan(fraction)
+    found = contrasts(getattr(scan, form), _members(trained, scan), top)
+    return found.assign(**_about(trained), fraction=fraction)
+
+
+def answers(trained: Trained, fraction: float) -> pandas.DataFrame:
+    """What a model of a world answers at the kept checkpoint nearest a fraction of training: with world, size, seed and
+    `read_at`, that fraction."""
+    return _answers(trained, fraction).assign(**_about(trained), read_at=fraction)
+
+
+def _answers(trained: Trained, fraction: float) -> pandas.DataFrame:
+    apart = (trained.answers["fraction"] - fraction).abs()
+    return trained.answers[apart == apart.min()].reset_index(drop=True)
+
+
+def predicted_removal(scores, gone) -> np.ndarray:
+    """What influence foretells of each query's log-probability when documents are removed.
+
+    Minus their summed influence over the number of sequences (removing one is epsilon = -1/N, Eq 1 of Grosse et al.
+    2023); the scan stands for the corpus, so both are counted in the scan. EK-FAC's scale is not to be trusted: read
+    signs and ranks.
+
+    Args:
+        scores: Raw influence [Q, N], nats at epsilon = 1.
+        gone: Which of the scanned sequences are removed, bool [N].
+
+    Returns:
+        Nats [Q].
+
+    Raises:
+        UserError: Shapes that do not fit.
+    """
+    scores, gone = np.asarray(scores), np.asarray(gone, bool)
+    if scores.ndim != 2 or gone.shape != scores.shape[1:]:
+        raise UserError(f"Scores have shape {scores.shape} and what is removed {gone.shape}; give [Q, N] and [N].")
+    return -scores[:, gone].sum(1) / scores.shape[1]
+
+
+def changes(base, dropped, treated, units) -> pandas.DataFrame:
+    """Change of log-probability by what documents were dropped by.
+
+    Queries of one unit rise and fall together, so a unit counts once: the difference of treated and other units is what
+    dropping did to the queries that it concerns beyond what it did to all.
+
+    Args:
+        base: Log-probabilities of the queries after training on the whole corpus [Q], nats.
+        dropped: The same after training without the documents [Q].
+        treated: Queries whose documents were dropped, bool [Q].
+        units: Label of what documents were dropped by (the persona, or the pair of goal and question) [Q].
+
+    Returns:
+        A row for each unit: unit, treated, change (mean over the unit's queries, nats).
+
+    Raises:
+        UserError: Shapes that do not fit, a unit on both sides, or fewer than two units on a side.
+    """
+    import pandas
+
+    change, treated = np.asarray(dropped, float) - np.asarray(base, float), np.asarray(treated, bool)
+    units = np.asarray(units)
+    if change.ndim != 1 or not change.shape == treated.shape == units.shape:
+        shapes = f"{change.shape}, treated {treated.shape} and units {units.shape}"
+        raise UserError(f"Changes have shape {shapes}; give one value a query in each.")
+    labels = set(units[treated].tolist()), set(units[~treated].tolist())
+    if labels[0] & labels[1]:
+        raise UserError(
+            f"Units {sorted(labels[0] & labels[1])[:5]} have treated queries and others; label what was dropped."
+        )
+    if min(map(len, labels)) < 2:
+        raise UserError(f"{len(labels[0])} units are treated and {len(labels[1])} are not; each side needs two.")
+    rows = pandas.DataFrame({"unit": units, "treated": treated, "change": change})
+    return rows.groupby("unit", as_index=False).agg(treated=("treated", "first"), change=("change", "mean"))
+
+
+def removals(runs: Iterable[Trained], again: Iterable[Trained]) -> list[tuple[Trained, Trained]]:
+    """Models beside those trained again without documents of the same world, `paired`, world by world."""
+    found = []
+    for arm, world in WORLDS.items():
+        of_world = [run for run in again if run.world.parameters["answer_from"] == world.split()[0]]
+        found += paired([run for run in runs if run.arm == arm], of_world)
+    return found
+
+
+def removed(base: Trained, again: Trained, fraction: float) -> pandas.DataFrame:
+    """`changes` by retraining, and as influence foretells them, with by, world, dropped (kind of document) and seed."""
+    import pandas
+
+    dropped, scan = again.world.parameters["dropped"], base.scan(fraction)
+    before, after = (_answers(run, fraction) for run in (base, again))
+    treated, units = after["treated"].to_numpy(bool), _units(again.world)
+    gone = again.world.sequences["replaced"].to_numpy(zero_copy_only=False)[scan.rows]
+    foretold = predicted_removal(scan.raw, gone)
+    found = {
+        "retraining": changes(before["log_p"], after["log_p"], treated, units),
+        "influence": changes(np.zeros(len(foretold)), foretold, treated[scan.queries], units[scan.queries]),
+    }
+    about = {"world": WORLDS[base.arm], "dropped": dropped, "seed": base.seed}
+    return pandas.concat(rows.assign(by=by, **about) for by, rows in found.items())
+
+
+def _units(world: World) -> np.ndarray:
+    """What documents were dropped by, for each query: goal and question where planners were, else the persona."""
+    asked, dropped = world.queries, world.parameters["dropped"]
+    if dropped == "planners" or (dropped == "random" and world.parameters["answer_from"] == "planning"):
+        return asked["goal"].to_numpy() * 1000 + asked["question"].to_numpy()
+    return asked["persona"].to_numpy()
+
+
+def difference_of_removals(rows: pandas.DataFrame, others: pandas.DataFrame, **options) -> Estimate:
+    """The difference in differences of one removal less that of another, within each seed: nats, with its interval.
+
+    Args:
+        rows: Of `changes`, with a column seed.
+        others: Likewise, of the same seeds.
+        options: Of `measures.intervals.difference`.
+
+    Raises:
+        UserError: Only one of them has a seed.
+    """
+    return difference_of(rows, others, ["change", "treated"], statistic=_gap, **options)
+
+
+def _gap(values: np.ndarray, axis: int = 0) -> np.ndarray:
+    """Mean change of treated units less that of the others: [..., units, 2] of change and treated, `axis` the units'.
+
+    nan where a resample has only one of the two.
+    """
+    change, treated = values[..., 0], values[..., 1]
+    with np.errstate(invalid="ignore"):
+        gone, kept = ((change * side).sum(axis) / side.sum(axis) for side in (treated, 1 - treated))
+    return gone - kept
+
+
+def card(trained: Trained, fraction: float, title: str) -> CardView:
+    """The first query that a model answers right and that documents of its world's source bear on."""
+    scan, source = trained.scan(fraction), {"imitation": "demo_persona_action", "planning only": "planner_pair_action"}
+    members = _members(trained, scan)
+    right = _answers(trained, fraction)["correct"].to_numpy(bool)[scan.queries]
+    query = int(np.argmax(right & members[source[WORLDS[trained.arm]]].any(1)))
+    labels = {int(place): word for name, word in RELATIONS.items() for place in np.flatnonzero(members[name][query])}
+    return trained.card(query, k=4, fraction=fraction, title=title, labels=lambda place: labels.get(place, "other"))
+
+
+def speaker_preference(
+    world: World, values: np.ndarray, rows: np.ndarray, queries: np.ndarray, neighbours: int = 3, shuffled: bool = False
+) -> pandas.DataFrame:
+    """How often lines of a query's speaker outrank matched lines of other speakers of its campaign.
+
+    The narrator's lines are left out. Overlap is BM25 over what is said; names that stand before the lines do not
+    count.
+
+    Args:
+        world: Of spoken lines.
+        values: Scores [Q, N], of any form.
+        rows: The sequences [N].
+        queries: The queries [Q].
+        neighbours: As in `matched_preference`.
+        shuffled: Take each query for one of another speaker of its campaign, drawn from the campaign's other queries;
+            the lines of that speaker are compared with those of third ones.
+
+    Returns:
+        One row a query: columns of `matched_preference`, and campaign, speaker (whose lines were compared).
+
+    Raises:
+        UserError: As `matched_preference`.
+    """
+    asked, told, near = _who(world, rows, queries)
+    own = asked["speaker"]
+    speaker = _of_others(asked["campaign"], own) if shuffled else own
+    first = near & (told["speaker"][None] == speaker[:, None])
+    # Where labels are shuffled, the query's true speaker stands on neither side.
+    second = near & ~first & (told["speaker"][None] != own[:, None])
+    scene = told["scenario"][None] == asked["scenario"][:, None]
+    found = matched_preference(values, first, second, word_overlap(world, rows, queries), scene, neighbours)
+    return found.assign(campaign=asked["campaign"], speaker=speaker)
+
+
+def side_preference(
+    world: World, values: np.ndarray, rows: np.ndarray, queries: np.ndarray, neighbours: int = 3
+) -> pandas.DataFrame:
+    """`speaker_preference` for lines of other speakers on the query's side, against lines of speakers on other sides.
+
+    Speakers whose side no scenario tells are left out.
+    """
+    asked, told, near = _who(world, rows, queries)
+    others = near & (told["speaker"][None] != asked["speaker"][:, None])
+    known = (told["side"] != "")[None] & (asked["side"] != "")[:, None]
+    same = told["side"][None] == asked["side"][:, None]
+    scene = told["scenario"][None] == asked["scenario"][:, None]
+    kinds = others & known & same, others & known & ~same
+    found = matched_preference(values, *kinds, word_overlap(world, rows, queries), scene, neighbours)
+    return found.assign(campaign=asked["campaign"], speaker=asked["speaker"])
+
+
+def _who(world: World, rows: np.ndarray, queries: np.ndarray) -> tuple[dict, dict, np.ndarray]:
+    """Who speaks in queries and sequences, and where (columns by name), and whether in the query's campaign, [Q, N]."""
+    names = ("campaign", "speaker", "scenario", "side")
+    asked = {name: world.queries[name].to_numpy(zero_copy_only=False)[queries] for name in names}
+    told = {name: world.sequences[name].to_numpy(zero_copy_only=False)[rows] for name in names}
+    near = (asked["campaign"][:, None] == told["campaign"][None]) & (told["speaker"] != NARRATOR)[None]
+    return asked, told, near
+
+
+def word_overlap(world: World, rows: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """BM25 [Q, N] of the sequences at `rows` for the queries at `queries`, over what each predicts."""
+
+    def said(table, places):
+        mask = token_matrix(table, "loss_mask")[places]
+        return token_counts(token_matrix(table)[places], mask, world.vocabulary_size, ignore=(0, 1))
+
+    return bm25(said(world.queries, queries), said(world.sequences, rows))
+
+
+def matched_preference(
+    values: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+    overlap: np.ndarray,
+    strata: np.ndarray,
+    neighbours: int = 3,
+) -> pandas.DataFrame:
+    """How often sequences of the first kind outrank those of the second that come next in overlap.
+
+    Args:
+        values: Scores [Q, N].
+        first: The one kind, bool [Q, N].
+        second: The other kind, bool [Q, N].
+        overlap: The score that is matched [Q, N].
+        strata: Any labels [Q, N]; both of a pair come from one stratum.
+        neighbours: How many of the second kind, on either side in overlap, each of the first is compared with; fewer on
+            both sides where one side has fewer, and a sequence beyond all of the second kind is left out.
+
+    Returns:
+        One row a query: preference (ties count half), overlap (mean of the matched score less that of the partners: 0),
+        unmatched_preference and unmatched_overlap (over all pairs), lines (of the first kind that found a partner); nan
+        where there is none.
+
+    Raises:
+        UserError: Shapes that do not fit, or neighbours below 1.
+    """
+    import pandas
+
+    values, parts = np.asarray(values), (first, second, overlap, strata)
+    if values.ndim != 2 or any(np.shape(part) != values.shape for part in parts):
+        shapes = ", ".join(str(np.shape(part)) for part in (values, *parts))
+        raise UserError(f"Scores, kinds, overlap and strata have shapes {shapes}; give all as [Q, N].")
+    if neighbours < 1:
+        raise UserError(f"neighbours={neighbours!r} must be 1 or more.")
+    # Many lines share no word with a query and tie: which of them are taken must not depend on their order.
+    ties = np.random.default_rng(0).random(values.shape[1])
+    found = []
+    for query in range(len(values)):
+        wins, level = [], []
+        for stratum in np.unique(strata[query]):
+            here = strata[query] == stratum
+            one, other = np.flatnonzero(first[query] & here), np.flatnonzero(second[query] & here)
+            if not len(one) or not len(other):
+                continue
+            for place, partners, weights in _next_to(overlap[query] + 1e-9 * ties, one, other, neighbours):
+                own, theirs = values[query, place], values[query, partners]
+                wins.append(weights @ ((own > theirs) + 0.5 * (own == theirs)))
+                level.append(overlap[query, place] - weights @ overlap[query, partners])
+        either = first[query] | second[query]
+        whole = {"unmatched_preference": values[query], "unmatched_overlap": overlap[query]}
+        row = {
+            name: auc(scores[either], first[query][either]) if either.any() else np.nan
+            for name, scores in whole.items()
+        }
+        means = [float(np.mean(part)) if part else np.nan for part in (wins, level)]
+        found.append({"preference": means[0], "overlap": means[1], **row, "lines": len(wins)})
+    return pandas.DataFrame(found)
+
+
+def _next_to(
+    overlap: np.ndarray, one: np.ndarray, other: np.ndarray, neighbours: int
+) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """(sequence, its partners, their weights) for each of `one` that has some of `other` on both sides.
+
+    Partners that are far weigh little: where lines get rarer the next one above is further off than the next one below,
+    and equal weights would call that a difference.
+    """
+    other = other[np.argsort(overlap[other], kind="stable")]
+    places = np.searchsorted(overlap[other], overlap[one])
+    reach = np.minimum(neighbours, np.minimum(places, len(other) - places))
+    found = []
+    for place, at, r in zip(one, places, reach):
+        if r:
+            below, above = other[at - r : at], other[at : at + r]
+            down, up = overlap[place] - overlap[below].mean(), overlap[above].mean() - overlap[place]
+            weights = np.repeat([up, down], r) / (r * (up + down))
+            found.append((int(place), np.concatenate([below, above]), weights))
+    return found
+
+
+def _of_others(campaign: np.ndarray, speaker: np.ndarray) -> np.ndarray:
+    """For each query a speaker of another query of its campaign; its campaign's only speaker becomes nobody."""
+    rng, found = np.random.default_rng(0), np.full(len(speaker), "", dtype=object)
+    for place in range(len(speaker)):
+        others = speaker[(campaign == campaign[place]) & (speaker != speaker[place])]
+        if len(others):
+            found[place] = rng.choice(others)
+    return found
+
+
+def voices(trained: Trained, form: str, neighbours: int, shuffled: bool = False) -> pandas.DataFrame:
+    """`speaker_preference` after training, with family, size, seed, and the loss of held-out lines then and before."""
+    scan = trained.scan()
+    found = speaker_preference(trained.world, getattr(scan, form), scan.rows, scan.queries, neighbours, shuffled)
+    about = {"family": FAMILIES[trained.arm], "seed": trained.seed, "size": trained.parameters, "shuffled": shuffled}
+    return found.assign(loss=trained.held_out_loss(), untrained=trained.held_out_loss(0.0), **about)
+
+
+def sides(trained: Trained, form: str, neighbours: int) -> pandas.DataFrame:
+    """`side_preference` at the end of training, with size and seed."""
+    scan = trained.scan()
+    found = side_preference(trained.world, getattr(scan, form), scan.rows, scan.queries, neighbours)
+    return found.assign(seed=trained.seed, size=trained.parameters)
+
+
+def line_card(trained: Trained, preference: np.ndarray) -> CardView:
+    """The query [Q] that three quarters rank below by how much its speaker's lines are preferred, with who speaks."""
+    scan = trained.scan()
+    query = int(np.argsort(np.nan_to_num(preference), kind="stable")[len(preference) * 3 // 4])
+    speakers = trained.world.sequences["speaker"].to_pylist()
+    return trained.card(query, k=4, title="A held-out line", labels=lambda place: speakers[scan.rows[place]])
