@@ -105,10 +105,10 @@ def draw_series(
         plot = plot.add(dots, data=per_seed.reset_index(drop=True), legend=False)
     if {"low", "high"} <= set(df.columns) and df["low"].notna().any():
         along = "y" if orient == "x" else "x"
-        interval = so.Band(alpha=0.18, edgewidth=0) if band else so.Range(linewidth=1.6)
+        interval = so.Band(alpha=0.18, edgewidth=0) if band else so.Range({"capstyle": "butt"}, linewidth=1.6)
         ends = {f"{along}min": "low", f"{along}max": "high", "group": split}
         plot = plot.add(interval, orient=orient, legend=False, **ends)
-    points = so.Line(linewidth=1.6, pointsize=5, edgewidth=0) if joined else so.Dot(pointsize=5, edgewidth=0)
+    points = so.Line(linewidth=1.6, pointsize=5, edgewidth=1) if joined else so.Dot(pointsize=6, edgewidth=0)
     plot = plot.add(points, orient=orient, legend=False, marker=hue, linestyle=split)
     looks = {"color": colours, "marker": shapes, "linestyle": lines or {}}
     scales = {kind: so.Nominal(dict(values), order=list(values)) for kind, values in looks.items()}
