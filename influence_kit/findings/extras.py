@@ -29,14 +29,4 @@ def extras() -> dict[str, Extra]:
     for module in pkgutil.iter_modules(importlib.import_module("influence_kit.findings").__path__):
         stages = getattr(importlib.import_module(f"influence_kit.findings.{module.name}"), "STAGES", {})
         found |= {kind: made if isinstance(made, Extra) else Extra(made) for kind, made in stages.items()}
-    # TRANSITION
-    for kind in ("bank", "batching", "canaries", "cost", "layers", "maps", "order", "recital", "response", "reweighted", "rivals"):
-        if kind not in found:
-            try:
-                made = getattr(importlib.import_module(f"influence_kit.findings.stages.{kind}"), kind)
-            except ModuleNotFoundError:
-                continue
-            found[kind] = Extra(made)
-        if kind in ("bank", "response", "reweighted", "rivals"):
-            found[kind] = Extra(found[kind].function, kind == "reweighted", True)
     return found

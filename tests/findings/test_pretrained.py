@@ -10,7 +10,7 @@ from influence_kit import models
 from influence_kit.errors import UserError
 from influence_kit.findings import families as grid
 from influence_kit.findings.profiles import FOLDER, load_profile
-from influence_kit.findings.trained import Run
+from influence_kit.findings.trained import Trained
 from influence_kit.measures.crossing import translation_ranks
 from influence_kit.reading.words import token_texts
 
@@ -58,7 +58,7 @@ def profile_with(folders, tmp_path, **changes):
 def test_own_model_on_own_text(folders, tmp_path, monkeypatch):
     monkeypatch.setenv("INFLUENCE_KIT_CACHE", str(tmp_path / "cache"))
     (trained,) = grid.text_grid(profile_with(folders, tmp_path), (0.0, 1.0))
-    run = Run(trained)
+    run = Trained(trained)
     scan = run.scan()
     assert scan.raw.shape[0] == 12 and np.isfinite(scan.raw).all() and scan.raw.std() > 0
     assert not np.array_equal(run.scan(0.0).raw, scan.raw)  # untrained weights are others
@@ -88,5 +88,5 @@ def test_a_model_that_is_not_there_ends_in_one_line(folders, tmp_path, monkeypat
     profile = profile_with(folders, tmp_path, family={"sizes": [{"pretrained": str(tmp_path / "nothing")}]})
     (trained,) = grid.text_grid(profile)
     with pytest.raises(UserError, match="could not be loaded") as error:
-        Run(trained).scan()
+        Trained(trained).scan()
     assert "\n" not in str(error.value)

@@ -12,7 +12,7 @@ from influence_kit.errors import UserError
 from influence_kit.findings import families as grid
 from influence_kit.findings.chapter import Chapter
 from influence_kit.findings.profiles import PlantedGrid, load_profile
-from influence_kit.findings.trained import Run, paired
+from influence_kit.findings.trained import Trained, paired
 from influence_kit.measures.intervals import Estimate
 
 
@@ -48,7 +48,7 @@ def run(profile, tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("INFLUENCE_KIT_CACHE", str(tmp_path_factory.mktemp("cache")))
     (trained,) = grid.planted_grid(profile, "atlas", fractions=(0.5, 1.0))
-    yield Run(trained)
+    yield Trained(trained)
     patch.undo()
 
 
@@ -95,28 +95,28 @@ def test_facts_in_both_languages_and_canaries_are_scored_and_facts_are_read(run)
 
 
 def test_card_ranks_as_the_scores_do_and_tokens_sum_to_them(run):
-    card = run.card(0, k=3)
+    card = run.card(0, k=3).cards[0]
     values = run.scan().raw[0]
     np.testing.assert_allclose([row.score for row in card.top], -np.sort(-values)[: len(card.top)])
     for row in (*card.top, *card.bottom):
         assert sum(row.token_scores) == pytest.approx(row.score, rel=1e-3, abs=1e-4)
-        assert len(row.pieces) == len(row.token_scores)
+        assert len(row.tokens) == len(row.token_scores)
     assert card.top[0].rank == 1 and "<bos>" not in card.prompt
 
 
 def test_card_of_a_canary_shows_the_canary(run):
     asked = run.world.queries["completion"][int(run.scan(kind="canary").queries[1])].as_py()
-    assert run.card(1, k=1, kind="canary").completion.split() == asked.split()
+    assert run.card(1, k=1, kind="canary").cards[0].completion.split() == asked.split()
 
 
 def test_card_says_what_its_rows_are(run):
     scan, world = run.scan(), run.world
     best = int(scan.raw[0].argmax())
     kind = world.sequences["kind"][int(scan.rows[best])].as_py()
-    plain, named = run.card(0, k=2), run.card(0, k=2, labels={best: "its fact"})
+    plain, named = (run.card(0, k=2, labels=labels).cards[0] for labels in (None, {best: "its fact"}))
     assert plain.top[0].source == kind and "language" in plain.top[0].language
     assert [row.source for row in named.top] == ["its fact", ""] and named.top[0].language == plain.top[0].language
-    called = run.card(0, k=2, labels=lambda column: f"column {column}")
+    called = run.card(0, k=2, labels=lambda column: f"column {column}").cards[0]
     assert called.top[0].source == f"column {best}"
 
 
@@ -136,9 +136,10 @@ def test_another_world_goes_the_same_way(cast, profile):
     direct = score(base.model(), base.factors(), batch_of(base.world.queries, scored), batch_of(base.world.sequences, scan.rows))
     np.testing.assert_array_equal(direct.values.numpy(), scan.raw)
     assert planning.world.parameters["answer_from"] == "planning" and planning.scan().raw.shape == (5, 90)
-    card = base.card(0, k=2)
+    view = base.card(0, k=2)
+    card = view.cards[0]
     assert {row.language for row in card.top} == {""}
-    assert card.top[0].source in {"demonstration", "description", "planner", "neutral"} and card.png[:4] == b"\x89PNG"
+    assert card.top[0].source in {"demonstration", "description", "planner", "neutral"} and view.png[:4] == b"\x89PNG"
 
 
 def test_a_changed_corpus_is_trained_on_without_a_scan_and_stands_beside_its_base(cast):
