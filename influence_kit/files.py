@@ -36,6 +36,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def working_folder() -> Path:
+    """Where the user stands: what paths that they give start from. A run computes elsewhere and says by INFLUENCE_KIT_CWD."""
+    return Path(os.environ.get("INFLUENCE_KIT_CWD") or Path.cwd())
+
+
 def free_disk(folder: Path) -> int:
     """Bytes free where `folder` is, or will be once it is made."""
     existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())

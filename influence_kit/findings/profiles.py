@@ -1,16 +1,35 @@
-"""Profiles: what one run of the kit computes, as validated YAML; unknown keys are refused."""
+"""Profiles: what one run of the kit computes, as YAML that is checked down to its leaves before any work."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+import dataclasses
+import math
+import re
+import typing
+from collections.abc import Iterable, Sequence
+from functools import cache
+from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from reprlib import repr as short
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from influence_kit.corpora.texts.dialogue import Dialogue
+from influence_kit.corpora.texts.own import model_source
 from influence_kit.corpora.texts.parallel import ParallelText
+from influence_kit.corpora.texts.sources import SOURCES as WRITTEN
 from influence_kit.corpora.texts.wesnoth import SOURCES as SPOKEN
 from influence_kit.corpora.worlds.atlas import Atlas
 from influence_kit.corpora.worlds.cast import Cast
@@ -18,6 +37,7 @@ from influence_kit.corpora.worlds.deep import Deep
 from influence_kit.corpora.worlds.ladder import Ladder
 from influence_kit.corpora.worlds.procedures import Procedures
 from influence_kit.errors import UserError
+from influence_kit.files import working_folder
 from influence_kit.findings.extras import extras
 from influence_kit.recipes import ARCHITECTURES, Recipe, tuples
 
@@ -32,50 +52,112 @@ PLANTED: dict[str, type] = {
     "procedures": Procedures,
     "little_atlas": Atlas,
 }
-# What an arm's `without` can take away, and from which world: functions of `stages/removal.py`.
+# What an arm's `without` can take away, and from which world: functions of `common`.
 REMOVALS: dict[str, type] = {"translations": Atlas, "copies": Atlas, "procedure": Procedures, "names": Procedures}
+LARGEST_SEED = 2**32 - 1  # that every generator of random numbers takes
+
+LARGEST = 10**12  # of any count: no machine gets there, and everything that counts can hold it
+
+T = TypeVar("T")
+# YAML has lists, frozen models have tuples.
+Several = Annotated[tuple[T, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+# Parts of dataclasses that may be less than any number from 0 on, where they do not say so themselves.
+LIMITS: dict[type, dict[str, Any]] = {
+    Recipe: {
+        **dict.fromkeys(("batch_size", "passes", "evaluations"), Count),
+        "clip": Annotated[float, Field(gt=0)],
+        "betas": tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
+    },
+    Atlas: {
+        **dict.fromkeys(("most_supporters", "held_out", "queries"), Count),
+        "repetitions": tuple[Count, ...],
+    },
+    ParallelText: dict.fromkeys(("pairs", "held_out", "queries", "scan", "length", "vocabulary"), Count),
+    Dialogue: dict.fromkeys(("length", "vocabulary"), Count),
+}
+
+
+def _refuse_unknown(values: dict, known: Iterable[str]) -> None:
+    for name in values:
+        if name not in known:
+            raise ValueError(f"unknown parameter {name!r}; known are {', '.join(sorted(known)) or 'none'}")
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    """No key that nobody knows, no text for a number, no number that is infinite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, content):
+        if isinstance(content, dict):
+            _refuse_unknown(content, cls.model_fields)
+        return content
 
 
 class Size(_Strict):
     """One model of a family: width, depth and peak learning rate, and an architecture other than the family's; or `pretrained`, a
     folder or hub name (real text only)."""
 
-    width: int = Field(16, ge=16, multiple_of=16)
-    depth: int = Field(1, ge=1)
+    width: int = Field(16, ge=16, le=LARGEST, multiple_of=16)
+    depth: Count = 1
     learning_rate: float = Field(3e-3, gt=0)
-    architecture: str = ""
+    architecture: Literal["", *ARCHITECTURES] = ""  # type: ignore[valid-type]
     pretrained: str = ""
+
+    @field_validator("pretrained")
+    @classmethod
+    def _where(cls, pretrained: str) -> str:
+        try:
+            return model_source(pretrained) if pretrained else ""
+        except UserError as error:
+            raise ValueError(str(error)) from error
 
 
 class Family(_Strict):
     """Models of one architecture that differ in size only, and how all of them are trained."""
 
-    architecture: str = "gpt_neox"
-    sizes: tuple[Size, ...]
+    architecture: Literal[*ARCHITECTURES] = "gpt_neox"  # type: ignore[valid-type]
+    sizes: Several[Size] = Field(min_length=1)
     recipe: dict[str, Any] = {}
 
-    @model_validator(mode="after")
-    def _known(self):
-        for name in (self.architecture, *(size.architecture or self.architecture for size in self.sizes)):
-            if name not in ARCHITECTURES:
-                raise ValueError(f"architecture {name!r} is not one of {', '.join(ARCHITECTURES)}")
-        _check(Recipe, self.recipe, "recipe", never=("seed", "learning_rate"))
-        return self
+    @field_validator("recipe")
+    @classmethod
+    def _of_a_recipe(cls, recipe: dict[str, Any]) -> dict[str, Any]:
+        _check(Recipe, recipe, never=("seed", "learning_rate", "checkpoints"))
+        return recipe
 
 
 class ScanSettings(_Strict):
     """How a model is scored: sequences for the factors and for the scan, damping, tracked layers, extra checkpoints."""
 
-    fit: int = Field(3000, ge=1)
-    sequences: int = Field(12_000, ge=1)
-    path: int = Field(6_000, ge=1)  # sequences scanned before the end of training, and in arms but `shuffled`
-    fractions: tuple[float, ...] = ()  # of training, beside 0 (untrained) and 1 (the end)
+    fit: Count = 3000
+    sequences: Count = 12_000
+    path: Count = 6_000  # sequences scanned before the end of training, and in arms but `shuffled`
+    fractions: Several[Share] = ()  # of training, beside 0 (untrained) and 1 (the end)
     damping: float = Field(0.1, ge=0)
-    layers: str = "mlp"
+    layers: str = Field("mlp", min_length=1)
+
+    @field_validator("fractions")
+    @classmethod
+    def _in_order(cls, fractions: tuple[float, ...]) -> tuple[float, ...]:
+        if list(fractions) != sorted(set(fractions)):
+            raise ValueError(f"{list(fractions)} must rise, each fraction once")
+        return fractions
+
+    @field_validator("layers")
+    @classmethod
+    def _a_pattern(cls, layers: str) -> str:
+        try:
+            re.compile(layers)
+        except re.error as error:
+            raise ValueError(
+                f"{layers!r} must be mlp, all, or a regular expression of layers' names ({error})"
+            ) from error
+        return layers
 
 
 class Arm(_Strict):
@@ -85,8 +167,8 @@ class Arm(_Strict):
     """
 
     world: dict[str, Any] = {}
-    without: Literal["", "translations", "copies", "procedure", "names"] = ""
-    widths: tuple[int, ...] | None = None
+    without: Literal["", *REMOVALS] = ""  # type: ignore[valid-type]
+    widths: Several[int] | None = Field(None, min_length=1)
 
 
 class _Grid(_Strict):
@@ -99,10 +181,18 @@ class _Grid(_Strict):
 
     @field_validator("extra")
     @classmethod
-    def _made_by_stages(cls, extra: dict[str, dict[str, Any]]):
-        for kind in extra:
+    def _made_by_stages(cls, extra: dict[str, dict[str, Any]], about: ValidationInfo):
+        for kind, own in extra.items():
             if kind not in extras():
-                raise ValueError(f"extra: no finding makes a stage {kind!r}; known are {', '.join(sorted(extras()))}")
+                raise ValueError(f"no finding makes a stage {kind!r}; known are {', '.join(sorted(extras()))}")
+            _like(own, _shipped_extras().get(kind, []), kind)
+            for name in ("fractions", "tracin"):
+                kept = {*about.data["scan"].fractions, 1.0} if "scan" in about.data else set(own.get(name, ()))
+                if missing := set(own.get(name, ())) - kept:
+                    raise ValueError(
+                        f"{kind}.{name} asks for {sorted(missing)}, but checkpoints are kept at {sorted(kept)}: "
+                        "add them to scan.fractions"
+                    )
         return extra
 
 
@@ -128,16 +218,26 @@ class PlantedGrid(_Grid):
         changes = self.arms[arm].world if arm != "base" else {}
         return tuples({**self.world, **changes, "seed": seed})
 
+    def check_worlds(self, cls: type) -> None:
+        """Raise ValueError unless the world and each arm of it are what the world's dataclass takes."""
+        for place, changes in [("world", {}), *((f"arms.{name}.world", arm.world) for name, arm in self.arms.items())]:
+            _check(cls, {**self.world, **changes}, f"{place}: ", never=("seed",))
+
 
 class TextGrid(_Grid):
     """Real text, and where it comes from."""
 
-    source: str = "libreoffice"
-    folder: str = ""
+    source: Literal[*WRITTEN] = "libreoffice"  # type: ignore[valid-type]
+    folder: str = Field("", validate_default=True)
+
+    @field_validator("folder")
+    @classmethod
+    def _where(cls, folder: str, about: ValidationInfo) -> str:
+        return _folder(folder, about.data.get("source", "libreoffice"), "libreoffice")
 
     @model_validator(mode="after")
     def _known(self):
-        _check(ParallelText, self.world, "world", never=("seed",))
+        _check(ParallelText, self.world, "world: ", never=("seed",))
         if self.scan.fractions and any(size.pretrained for size in self.family.sizes):
             raise ValueError("pretrained models have no checkpoints along training: scan.fractions must be empty")
         return self
@@ -146,29 +246,29 @@ class TextGrid(_Grid):
 class DialogueGrid(PlantedGrid):
     """Spoken lines, where they come from, and arms."""
 
-    source: str = "wesnoth"
-    folder: str = ""
+    source: Literal[*SPOKEN] = "wesnoth"  # type: ignore[valid-type]
+    folder: str = Field("", validate_default=True)
+
+    @field_validator("folder")
+    @classmethod
+    def _where(cls, folder: str, about: ValidationInfo) -> str:
+        return _folder(folder, about.data.get("source", "wesnoth"), "wesnoth")
 
     @model_validator(mode="after")
     def _lines(self):
-        if self.source not in SPOKEN:
-            raise ValueError(f"source {self.source!r} is not one of {', '.join(SPOKEN)}")
-        if (self.source == "debs") != bool(self.folder):
-            raise ValueError("a folder goes with the source 'debs', and 'debs' needs one")
-        for changes in ({}, *(arm.world for arm in self.arms.values())):
-            _check(Dialogue, {**self.world, **changes}, "world", never=("seed",))
+        self.check_worlds(Dialogue)
         return self
 
 
 class Profile(_Strict):
-    """Everything that decides what a run computes."""
+    """Everything that decides what a run computes. Its name is that of its file."""
 
     name: str
-    purpose: str
-    seeds: tuple[int, ...]
-    minutes: float
-    memory_gb: float
-    device: str = "cpu"
+    purpose: str = ""
+    seeds: Several[Annotated[int, Field(ge=0, le=LARGEST_SEED)]] = Field(min_length=1)
+    minutes: float = Field(gt=0)
+    memory_gb: float = Field(gt=0)
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
     atlas: PlantedGrid
     ladder: PlantedGrid | None = None
     cast: PlantedGrid | None = None
@@ -179,28 +279,145 @@ class Profile(_Strict):
     little_text: TextGrid | None = None
     dialogue: DialogueGrid | None = None
 
+    @field_validator("seeds")
+    @classmethod
+    def _different(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"{list(seeds)} must be different whole numbers")
+        return seeds
+
     @field_validator(*PLANTED)
     @classmethod
     def _of_its_world(cls, grid: PlantedGrid | None, about: ValidationInfo) -> PlantedGrid | None:
         if grid is not None:
-            for changes in ({}, *(arm.world for arm in grid.arms.values())):
-                _check(PLANTED[str(about.field_name)], {**grid.world, **changes}, "world", never=("seed",))
             world = PLANTED[str(about.field_name)]
+            grid.check_worlds(world)
             for name, arm in grid.arms.items():
                 if arm.without and REMOVALS[arm.without] is not world:
-                    raise ValueError(f"arms: {name} removes {arm.without}, which {REMOVALS[arm.without].__name__} has and {world.__name__} has not")
+                    raise ValueError(
+                        f"arms: {name} removes {arm.without}, which {REMOVALS[arm.without].__name__} has and {world.__name__} has not"
+                    )
         return grid
 
 
-def _check(cls: type, values: dict[str, Any], what: str, never: tuple[str, ...]) -> None:
-    known = {field.name for field in fields(cls)} - set(never)
-    for name in values:
-        if name not in known:
-            raise ValueError(f"{what}: unknown parameter {name!r}; known are {', '.join(sorted(known))}")
+# --- parameters of dataclasses, and of stages that findings add
+
+
+def _folder(folder: str, source: str, downloaded: str) -> str:
+    """A source's folder, from where the user stands."""
+    if (source == downloaded) == bool(folder):
+        raise ValueError(
+            f"source {source!r} with folder={folder!r}: {downloaded!r} is downloaded, others need a folder"
+        )
+    return str(working_folder() / Path(folder).expanduser()) if folder else ""
+
+
+@cache
+def _types(cls: type) -> dict[str, TypeAdapter]:
+    """What each field of a dataclass takes, by its type; numbers are counts, shares or sizes: none is below zero."""
+
+    def sound(hint: Any) -> Any:
+        if hint in (int, float):
+            return Annotated[hint, Field(ge=0, le=LARGEST)]
+        if typing.get_origin(hint) is tuple:
+            return tuple[*(part if part is ... else sound(part) for part in typing.get_args(hint))]  # type: ignore[misc]
+        return hint
+
+    hints = {name: sound(hint) for name, hint in typing.get_type_hints(cls).items()} | LIMITS.get(cls, {})
+    config = ConfigDict(strict=True, allow_inf_nan=False)
+    return {field.name: TypeAdapter(hints[field.name], config=config) for field in dataclasses.fields(cls)}
+
+
+def _check(cls: type, values: dict[str, Any], place: str = "", never: Sequence[str] = ()) -> None:
+    """Raise ValueError unless a dataclass takes these values as YAML gives them, inner worlds and its own checks included."""
     try:
+        _check_types(cls, values, "", never)
         cls(**tuples(values))
-    except (TypeError, UserError) as error:
-        raise ValueError(str(error)) from error
+    except (ValueError, TypeError, UserError) as error:
+        raise ValueError(f"{place}{error}") from error
+
+
+def _check_types(cls: type, values: dict[str, Any], place: str, never: Sequence[str] = ()) -> None:
+    types = {name: of for name, of in _types(cls).items() if name not in never}
+    _refuse_unknown(values, types)
+    for name, value in tuples(values).items():
+        if name in PLANTED and isinstance(value, dict):  # a world in a world
+            _check_types(PLANTED[name], value, f"{name}.")
+        try:
+            types[name].validate_python(value)
+        except ValidationError as error:
+            raise ValueError("; ".join(_told(one, f"{place}{name}") for one in error.errors())) from error
+
+
+@cache
+def _shipped_extras() -> dict[str, list[dict]]:
+    """What the profiles that ship give each stage that findings add."""
+    given: dict[str, list[dict]] = {}
+    for path in sorted(FOLDER.glob("*.yaml")):
+        for section in yaml.load(path.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)).values():
+            for kind, own in (section.get("extra") or {} if isinstance(section, dict) else {}).items():
+                given.setdefault(kind, []).append(own)
+    return given
+
+
+def _like(value: Any, examples: list, place: str) -> None:
+    """Raise ValueError unless a value is built as the examples are: the same keys, the same kind of number, none below zero unless
+    one of theirs is, none zero unless one of theirs is. What a stage takes is what the profiles that ship give it."""
+    if not examples:
+        return
+    kinds = {_kind(example) for example in examples}
+    if _kind(value) not in kinds and not (_kind(value) == "whole number" and "number" in kinds):
+        raise ValueError(
+            f"{place}={short(value)} must be a {' or '.join(sorted(kinds))}, such as {examples[0]!r}{_hint(value)}"
+        )
+    if isinstance(value, dict):
+        known = {name for example in examples for name in example}
+        try:
+            _refuse_unknown(value, known)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        for name in sorted(known):
+            parts = [example[name] for example in examples if name in example]
+            if name in value:
+                _like(value[name], parts, f"{place}.{name}")
+            elif len(parts) == len(examples):
+                raise ValueError(f"{place}.{name} is missing: give it, such as {parts[0]!r}")
+    elif isinstance(value, list):
+        if not value and all(examples):
+            raise ValueError(f"{place} is empty: give one or more, such as {examples[0]!r}")
+        for item in value:
+            _like(item, [part for example in examples for part in example], f"an entry of {place}")
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        least = min(examples)
+        if not min(least, 0) <= value <= LARGEST or (value == 0 and least > 0):
+            raise ValueError(f"{place}={value} must be above 0 and at most {LARGEST:g}, such as {examples[0]}")
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "true or false", int: "whole number", float: "number", str: "text", list: "list", dict: "mapping"}
+    return names.get(type(value), "thing of another kind")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+# --- files
+
+
+class _Once(yaml.SafeLoader):
+    """YAML in which a key that stands twice is refused: the last one would win without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} stands twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def profile_names() -> list[str]:
@@ -208,28 +425,123 @@ def profile_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def load_profile(name: str, seeds: tuple[int, ...] | list[int] | None = None, real_text: bool = True) -> Profile:
-    """The profile of that name, or a path to a YAML file of the same form; `seeds` replaces its seeds.
+def profile_file(name: str) -> Path:
+    """The file of a profile: one that ships, by its name, or one of the user's own, by its path from where the user stands.
 
-    Raises UserError naming what is unknown or malformed, and what is known.
+    Raises:
+        UserError: There is none, and where it was looked for.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    if not name.endswith((".yaml", ".yml")):
+        if name in profile_names():
+            return FOLDER / f"{name}.yaml"
+        near = working_folder() / f"{name}.yaml"
+        hint = f"give the path of a YAML file{f', such as {near}' if near.is_file() else ''}"
+        raise UserError(f"profile {name!r} is not known: choose one of {', '.join(profile_names())}, or {hint}")
+    path = working_folder() / Path(name).expanduser()
     if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(
-            f"profile {name!r} is not known: choose one of {', '.join(profile_names())}, or give the path of a YAML file"
+            f"profile {name!r}: {path} {what}; give the path of a YAML file, or one of {', '.join(profile_names())}"
+        )
+    return path
+
+
+def ships(path: Path) -> bool:
+    """Whether a profile's file is one that ships with the kit."""
+    return path.resolve().parent == FOLDER.resolve()
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A profile's file as it stands.
+
+    Raises:
+        UserError: Not UTF-8, not YAML, a key that stands twice, or no mapping.
+    """
+    try:
+        content = yaml.load(path.read_bytes().decode("utf-8-sig"), _Once)
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"profile {path} is not UTF-8 (byte {error.object[error.start]:#x}, line {line}): save it as UTF-8"
+        ) from error
+    except (yaml.YAMLError, RecursionError, ValueError, OSError) as error:
+        told = " ".join(str(error).replace('"<unicode string>", ', "").split())
+        raise UserError(f"profile {path} is not YAML that can be read, mend it: {told}") from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"profile {path} holds {short(content)}, not keys and values: begin with a copy of {FOLDER / 'laptop.yaml'}"
+        )
+    return content
+
+
+def load_profile(name: str, seeds: Sequence[int] | None = None, real_text: bool = True) -> Profile:
+    """A profile, checked down to its leaves.
+
+    Args:
+        name: One that ships with the kit, or the path of a YAML file of the same form (from where the user stands).
+        seeds: In place of the profile's.
+        real_text: False leaves out what needs downloaded text.
+
+    Raises:
+        UserError: Names what is unknown or malformed, its value, and what is allowed.
+    """
+    path = profile_file(name)
+    if not re.fullmatch(r"\w[\w .-]*", path.stem):
+        raise UserError(
+            f"profile {path}: its name is that of its results' folder: use letters, digits, '-', '_', '.' alone"
+        )
+    content = read_yaml(path)
+    if content.get("name", path.stem) != path.stem:
+        raise UserError(
+            f"profile {path} says name: {content['name']}, but a profile's name is its file's, {path.stem}: take the line out"
         )
     try:
-        profile = Profile(**yaml.safe_load(path.read_text()))
-    except (ValidationError, yaml.YAMLError, TypeError) as error:
-        if isinstance(error, ValidationError):
-            lines = ["{}: {}".format(".".join(map(str, e["loc"])), e["msg"]) for e in error.errors()]
-        else:
-            lines = [str(error).replace("\n", " ")]
-        raise UserError(f"profile {path.name}: " + "; ".join(lines)) from error
+        profile = Profile(**{str(key): value for key, value in content.items()} | {"name": path.stem})
+    except ValidationError as error:
+        places = [one["loc"] for one in error.errors()]
+        inner = [
+            one for one in error.errors() if not any(p[:-1] and p[: len(one["loc"])] == one["loc"] != p for p in places)
+        ]
+        told = [_told(one) for one in inner]
+        more = f"; and {len(told) - 3} more" if len(told) > 3 else ""
+        raise UserError(f"profile {path.name}: " + "; ".join(told[:3]) + more) from error
     if seeds is not None:
-        if not seeds or len(set(seeds)) < len(seeds) or any(seed < 0 for seed in seeds):
-            raise UserError(
-                f"seeds={list(seeds)} must be different whole numbers, 0 or more: for example --seeds 11,12,13"
-            )
-        profile = profile.model_copy(update={"seeds": tuple(seeds)})
+        profile = profile.model_copy(update={"seeds": _seeds(seeds)})
     return profile if real_text else profile.model_copy(update={"text": None, "little_text": None, "dialogue": None})
+
+
+def _seeds(seeds: Sequence[int]) -> tuple[int, ...]:
+    """Seeds that a person gave in place of a profile's."""
+    if isinstance(seeds, str) or not isinstance(seeds, Iterable):
+        raise UserError(f"seeds={seeds!r} is no list: write [11, 12], and for papermill -y 'seeds: [11, 12]'")
+    seeds = list(seeds)
+    sound = all(
+        isinstance(seed, Integral) and not isinstance(seed, bool) and 0 <= seed <= LARGEST_SEED for seed in seeds
+    )
+    if not seeds or not sound or len(set(seeds)) < len(seeds):
+        raise UserError(
+            f"seeds={short(seeds)} must be different whole numbers from 0 to {LARGEST_SEED}: for example --seeds 11,12,13"
+        )
+    return tuple(map(int, seeds))
+
+
+def _told(error: Any, place: str = "") -> str:
+    """One thing that is wrong with a profile: where, which value, what is allowed."""
+    where, value = ".".join([*([place] if place else []), *map(str, error["loc"])]), error["input"]
+    if error["type"] == "value_error":  # one of the checks above: it names the value itself
+        return f"{where}: {error['ctx']['error']}".removeprefix(": ")
+    if error["type"] == "missing":
+        return f"{where} is missing"
+    told = re.sub(r"^(Input|String|Tuple) should", "must", error["msg"].partition(" or instance of")[0])
+    for ours, theirs in (
+        ("whole number", "integer"),
+        ("list", "tuple"),
+        ("mapping (key: value)", "dictionary"),
+        ("text", "string"),
+    ):
+        told = told.replace(f"valid {theirs}", f"{ours}")
+    return f"{where}={short(value)} {told}{_hint(value)}"
+
+
+def _hint(value: Any) -> str:
+    return " (YAML reads 1e-3 as text: write 1.0e-3)" if isinstance(value, str) and _is_number(value) else ""

@@ -32,7 +32,8 @@ def local_text(path: Path) -> pa.Table:
         UserError: nothing there, an unreadable file, a missing or wrong `text`.
     """
     path = Path(path)
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in _READERS)
+    below = (file for file in path.rglob("*") if file.suffix in _READERS and file.is_file())
+    files = [path] if path.is_file() else sorted(below)
     if not files or files[0].suffix not in _READERS:
         raise UserError(
             f"no text at {path}: found no .txt, .jsonl or .parquet file; give such a file or a folder of them"
@@ -51,6 +52,10 @@ def local_text(path: Path) -> pa.Table:
                     f"{file}, record {number + 1}: 'text' is {record.get('text')!r}; give each record a "
                     "string named 'text'"
                 )
+            if not all(_is_text(value) for value in record.values()):
+                raise UserError(
+                    f"{file}, record {number + 1}: half of a surrogate pair is no text; mend or take it out"
+                )
             if record["text"].strip():
                 rows.append(
                     {
@@ -65,19 +70,39 @@ def local_text(path: Path) -> pa.Table:
     return paragraphs(rows, {"source": "folder", "licence": "the user's own", "files": hashes})
 
 
+def _text(file: Path) -> str:
+    """A file's text, without the byte-order mark that some editors begin with."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is no utf-8 (save the file as UTF-8)") from error
+
+
+def _is_text(value: object) -> bool:
+    """Whether UTF-8 can hold a value of a record: JSON may escape half of a surrogate pair, which is no character."""
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _read_txt(file: Path) -> list[dict]:
-    blocks = re.split(r"\n[^\S\n]*\n", file.read_text(encoding="utf-8"))
+    blocks = re.split(r"\n[^\S\n]*\n", _text(file))
     return [{"text": block.strip()} for block in blocks if block.strip()]
 
 
 def _read_jsonl(file: Path) -> list[dict]:
     records = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(_text(file).split("\n"), 1):
         if line.strip():
             try:
-                records.append(dict(json.loads(line)))
-            except (TypeError, ValueError) as error:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"line {number} is not a JSON object") from error
+            if not isinstance(record, dict):
+                raise ValueError(f"line {number} is not a JSON object")
+            records.append(record)
     return records
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from influence_kit.corpora.texts.folder import local_text
 from influence_kit.corpora.tokens import check_vocabulary, encode_with
 from influence_kit.corpora.world import World, token_columns
 from influence_kit.errors import UserError, first_line
+from influence_kit.files import working_folder
 
+LONGEST_TOKEN = 1000  # characters, on average of a text's first tokens
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -42,11 +45,14 @@ def own_world(model: str, texts: str, prompt: str, completion: str, length: int 
             raise UserError(f"{name} is empty: to read a model of your own give model, texts and completion")
     if limit < 1:
         raise UserError(f"limit is {limit}; it must be at least 1 text")
-    place = Path(texts).expanduser()
+    place = working_folder() / Path(texts).expanduser()
     if not place.exists():
-        raise UserError(f"texts={texts!r} does not exist: give a .txt, .jsonl or .parquet file, or a folder of them")
+        raise UserError(
+            f"texts={texts!r}: {place} does not exist{_near(place)}: give a .txt, .jsonl or .parquet file, or a folder of them"
+        )
     source = model_source(model)
     config, tokenizer = _configuration(source), own_tokenizer(source)
+    _check_weights(source)
     context = getattr(config, "max_position_embeddings", None)
     if context and length > context:
         raise UserError(f"length is {length}, but {model} reads at most {context} tokens: lower length")
@@ -61,7 +67,9 @@ def own_world(model: str, texts: str, prompt: str, completion: str, length: int 
     found = local_text(place)
     chosen = np.unique(np.linspace(0, found.num_rows - 1, min(limit, found.num_rows)).astype(int))
     found = found.take(pa.array(chosen))
-    input_ids, loss_mask = encode_with(tokenizer, found["text"].to_pylist(), length, config.vocab_size)
+    # A line of megabytes is read as far as its first tokens: some tokenizers take a time that grows with its square.
+    texts_cut = [text[: LONGEST_TOKEN * length] for text in found["text"].to_pylist()]
+    input_ids, loss_mask = encode_with(tokenizer, texts_cut, length, config.vocab_size)
     kept = loss_mask.any(1)
     if not kept.any():
         raise UserError(
@@ -86,14 +94,32 @@ def own_world(model: str, texts: str, prompt: str, completion: str, length: int 
 
 
 def model_source(model: str) -> str:
-    """The folder that `model` names, else the hub name; UserError for what can be neither."""
-    folder = Path(model).expanduser()
+    """The folder that `model` names, from where the user stands, else the hub name.
+
+    Raises:
+        UserError: It can be neither; or it is meant as a folder (beside one, or named much like one) that is not there.
+    """
+    folder = working_folder() / Path(model).expanduser()
     if folder.is_dir():
         return str(folder)
-    if folder.exists() or not HUB_NAME.fullmatch(model):
-        what = "is a file" if folder.exists() else "does not exist, and is no hub name either"
-        raise UserError(f"model={model!r} {what}: give a folder with config.json, model.safetensors and tokenizer.json")
+    near = _near(folder)
+    beside = "/" in model and folder.parent.is_dir()
+    if folder.exists() or near or beside or not HUB_NAME.fullmatch(model):
+        what = "is a file" if folder.exists() else "does not exist"
+        raise UserError(
+            f"model={model!r}: {folder} {what}{near}: give a folder with config.json, model.safetensors and tokenizer.json, or "
+            "a hub name"
+        )
     return model
+
+
+def _near(path: Path) -> str:
+    """A hint at what a mistyped path may have meant: a name much like its own beside it, or like its folder's beside that."""
+    for wrong in (path, path.parent):
+        beside = [each.name for each in wrong.parent.iterdir()] if wrong.parent.is_dir() else []
+        if not wrong.exists() and (close := difflib.get_close_matches(wrong.name, beside, 1, 0.8)):
+            return f" (there is {wrong.parent / close[0]})"
+    return ""
 
 
 def own_tokenizer(source: str) -> Any:
@@ -103,7 +129,7 @@ def own_tokenizer(source: str) -> Any:
     remedy = "save the model's tokenizer beside its weights (tokenizer.save_pretrained)"
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+    except Exception as error:  # tokenizers raises bare ones for a file that it cannot read
         raise UserError(f"{source} has no tokenizer that can be loaded ({first_line(error)}): {remedy}") from error
     # Without its files some tokenizers of transformers load all the same, with an empty vocabulary.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
@@ -114,14 +140,49 @@ def own_tokenizer(source: str) -> Any:
 def _configuration(source: str) -> Any:
     import transformers
 
+    if not Path(source).is_dir():
+        _ask_the_hub(source)
     try:
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"model {source!r} has no configuration that can be loaded ({first_line(error)}): give a local folder with "
             "config.json, or a hub name on a machine with internet"
         ) from error
     return config.get_text_config()
+
+
+def _check_weights(source: str) -> None:
+    """Raise UserError where a folder's weights are missing or cut, by what their first bytes say of the rest."""
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(source)
+    if not folder.is_dir():
+        return
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{source} has no weights: no .safetensors file; save them by save_pretrained")
+    for file in files:
+        try:
+            with safe_open(str(file), "numpy") as opened:
+                opened.keys()
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{file} is cut or damaged ({first_line(error)}): save or copy it again") from error
+
+
+def _ask_the_hub(name: str) -> None:
+    """Raise UserError at once where loading would try for half a minute: a name that is no folder, not kept here, and not on the hub."""
+    import huggingface_hub
+
+    if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        huggingface_hub.HfApi().model_info(name, timeout=3)
+    except Exception as error:  # no common base: of the network, of the hub's answer, of its settings
+        raise UserError(
+            f"model={name!r}: {working_folder() / name} does not exist, and as a hub name it was not to be had "
+            f"({first_line(error)}): give the path of a folder, or a hub name on a machine with internet"
+        ) from error
 
 
 def _query(tokenizer: Any, opening: list[int], prompt: str, completion: str) -> tuple[list[int], int]:

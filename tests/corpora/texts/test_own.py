@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from influence_kit.corpora.texts.own import own_world
+from influence_kit.corpora.texts.own import model_source, own_world
 from influence_kit.corpora.world import World, batch_of, token_matrix
 from influence_kit.errors import UserError
 from influence_kit.reading.words import token_texts
@@ -148,8 +149,8 @@ def test_it_goes_through_factors_and_scores(architecture, texts, tmp_path):
         ({"model": ""}, "model is empty"),
         ({"texts": " "}, "texts is empty"),
         ({"completion": " "}, "completion is empty"),
-        ({"texts": "/no/such/folder"}, "texts='/no/such/folder' does not exist"),
-        ({"model": "/no/such/model"}, "model='/no/such/model' does not exist"),
+        ({"texts": "/no/such/folder"}, "texts='/no/such/folder': /no/such/folder does not exist"),
+        ({"model": "/no/such/model"}, "model='/no/such/model': /no/such/model does not exist"),
         ({"limit": 0}, "limit is 0"),
         ({"length": 1}, "length is 1"),
         ({"length": 65}, "length is 65, but .* reads at most 64 tokens"),
@@ -170,6 +171,119 @@ def test_a_folder_without_texts(model, tmp_path):
     (tmp_path / "short.txt").write_text("x")
     with pytest.raises(UserError, match="none of 1 texts has two tokens"):
         own_world(model, str(tmp_path), PROMPT, COMPLETION)
+
+
+def test_paths_start_from_where_one_stands_and_a_mistyped_one_is_answered_with_what_is_near(
+    model, texts, tmp_path, monkeypatch
+):
+    shutil.copytree(model, tmp_path / "models" / "harbour")
+    shutil.copy(texts, tmp_path / "notes.jsonl")
+    monkeypatch.chdir(tmp_path)
+    world = own_world("models/harbour", "notes.jsonl", PROMPT, COMPLETION)
+    assert model_source("models/harbour") == f"{tmp_path}/models/harbour"
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("INFLUENCE_KIT_CWD", str(tmp_path))  # a run computes elsewhere than where it was called
+    assert own_world("models/harbour", "notes.jsonl", PROMPT, COMPLETION).sequences.equals(world.sequences)
+    for mistyped in ("models/harbor", "modls/harbour", "./models/no", "models/other"):
+        with pytest.raises(UserError, match=f"{tmp_path}/.* does not exist") as caught:
+            own_world(mistyped, "notes.jsonl", PROMPT, COMPLETION)
+        assert ("(there is" in str(caught.value)) == (mistyped in ("models/harbor", "modls/harbour"))
+    with pytest.raises(UserError, match=rf"notes.json does not exist \(there is {tmp_path}/notes.jsonl\)"):
+        own_world("models/harbour", "notes.json", PROMPT, COMPLETION)
+
+
+def test_a_name_that_is_neither_here_nor_to_be_had_is_refused_at_once(texts, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def unreachable(self, name, timeout):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match=rf"model='gpt-nowhere': {tmp_path}/gpt-nowhere does not exist, and as a hub name .*Name or"
+    ):
+        own_world("gpt-nowhere", texts, PROMPT, COMPLETION)
+
+
+HOSTILE = {
+    "mark.txt": (b"\xef\xbb\xbfThe harbour", "The harbour"),
+    "mark.jsonl": (b'\xef\xbb\xbf{"text": "The harbour"}', "The harbour"),
+    "padded.txt": (b"\n\n   The harbour\t\n\n", "The harbour"),
+    "emoji.txt": ("👩‍👩‍👧 at the 🇩🇪 harbour".encode(), "👩‍👩‍👧 at the 🇩🇪 harbour"),
+    "right-to-left.txt": ("שלום مرحبا \u202eharbour".encode(), "שלום مرحبا \u202eharbour"),
+    "lines.txt": (b"The harbour\r\nlies\r\n\r\nnorth of it\r\n", "The harbour\nlies"),
+    "lines.jsonl": (b'{"text": "The harbour"}\r\n{"text": "lies north"}\r\n', "The harbour"),
+    "zero.txt": (b"The\x00harbour", "The\x00harbour"),
+    "tags.txt": (b"<script>$$x$$</script>", "<script>$$x$$</script>"),
+    "long.txt": (b"harbour " * 650_000, ("harbour " * 650_000).strip()),
+    "one-word.jsonl": (b'{"text": "' + b"x" * 5_000_000 + b'"}', "x" * 5_000_000),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_text_is_read_as_it_is(model, tmp_path, name):
+    content, expected = HOSTILE[name]
+    (tmp_path / name).write_bytes(content)
+    began = time.monotonic()
+    world = own_world(model, str(tmp_path), PROMPT, COMPLETION)
+    assert world.sequences["text"][0].as_py() == expected and time.monotonic() - began < 5
+    ids, mask = token_matrix(world.sequences)[0], token_matrix(world.sequences, "loss_mask")[0]
+    read = "".join(token_texts(world, ids[: int(np.flatnonzero(mask)[-1]) + 1]))
+    assert expected.encode().startswith(read.rstrip("\ufffd").encode()) and len(read) > 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("wide.txt", "The harbour".encode("utf-16"), "byte 0 is no utf-8 .save the file as UTF-8."),
+        ("latin.txt", "Größe".encode("latin-1"), "byte 2 is no utf-8"),
+        ("half.jsonl", b'{"text": "half \\ud800"}', "record 1: half of a surrogate pair is no text"),
+        ("deep.jsonl", b'{"text": ' + b"[" * 100_000, "line 1 is not a JSON object"),
+        ("pairs.jsonl", b'[["text", "The harbour"]]', "line 1 is not a JSON object"),
+        ("cut.jsonl", b'{"text": "The harbour"}\n{"text": "li', "line 2 is not a JSON object"),
+        ("cut.parquet", b"PAR1", "cannot read .*cut.parquet"),
+        ("number.jsonl", b'{"text": 5}', "'text' is 5; give each record a string"),
+        ("blank.txt", b"\xef\xbb\xbf \n\n", "hold only blank paragraphs"),
+    ],
+)
+def test_what_is_no_text_is_refused_in_one_line(model, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        own_world(model, str(tmp_path), PROMPT, COMPLETION)
+    assert ("\n" not in str(caught.value) and name in str(caught.value)) or name == "blank.txt"
+
+
+def cut(path, share=0.5):
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "message"),
+    [
+        ("config.json", cut, "no configuration that can be loaded"),
+        ("config.json", lambda path: path.write_text("[]"), "no configuration that can be loaded"),
+        ("config.json", lambda path: path.write_text('{"model_type": "rwkv9"}'), "no configuration that can be loaded"),
+        ("tokenizer.json", cut, "no tokenizer that can be loaded"),
+        ("tokenizer.json", lambda path: path.write_text("{}"), "no tokenizer that can be loaded"),
+        ("model.safetensors", cut, "model.safetensors is cut or damaged"),
+        ("model.safetensors", lambda path: path.write_bytes(b"\xff" * 100), "model.safetensors is cut or damaged"),
+        ("model.safetensors", lambda path: path.unlink(), "has no weights: no .safetensors file"),
+        (
+            "model.safetensors",
+            lambda path: path.rename(path.with_suffix(".bin")),
+            "has no weights: no .safetensors file",
+        ),
+    ],
+)
+def test_a_model_folder_with_a_damaged_part_is_refused_before_weights_are_read(
+    model, texts, tmp_path, name, harm, message
+):
+    shutil.copytree(model, tmp_path / "model")
+    harm(tmp_path / "model" / name)
+    with pytest.raises(UserError, match=message) as caught:
+        own_world(str(tmp_path / "model"), texts, PROMPT, COMPLETION)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "gpt2"])
