@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -61,6 +62,7 @@ LARGEST = 10**12  # of any count: no machine gets there, and everything that cou
 T = TypeVar("T")
 # YAML has lists, frozen models have tuples.
 Several = Annotated[tuple[T, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
+Folder = Annotated[str, AfterValidator(lambda path: str(working_folder() / Path(path).expanduser()) if path else "")]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 # Parts of dataclasses that may be less than any number from 0 on, where they do not say so themselves.
@@ -227,16 +229,12 @@ class PlantedGrid(_Grid):
 class TextGrid(_Grid):
     """Real text, and where it comes from."""
 
-    source: Literal[*WRITTEN] = "libreoffice"  # type: ignore[valid-type]
-    folder: str = Field("", validate_default=True)
-
-    @field_validator("folder")
-    @classmethod
-    def _where(cls, folder: str, about: ValidationInfo) -> str:
-        return _folder(folder, about.data.get("source", "libreoffice"), "libreoffice")
+    source: str = WRITTEN[0]
+    folder: Folder = ""
 
     @model_validator(mode="after")
     def _known(self):
+        _check_source(self, WRITTEN)
         _check(ParallelText, self.world, "world: ", never=("seed",))
         if self.scan.fractions and any(size.pretrained for size in self.family.sizes):
             raise ValueError("pretrained models have no checkpoints along training: scan.fractions must be empty")
@@ -246,16 +244,12 @@ class TextGrid(_Grid):
 class DialogueGrid(PlantedGrid):
     """Spoken lines, where they come from, and arms."""
 
-    source: Literal[*SPOKEN] = "wesnoth"  # type: ignore[valid-type]
-    folder: str = Field("", validate_default=True)
-
-    @field_validator("folder")
-    @classmethod
-    def _where(cls, folder: str, about: ValidationInfo) -> str:
-        return _folder(folder, about.data.get("source", "wesnoth"), "wesnoth")
+    source: str = SPOKEN[0]
+    folder: Folder = ""
 
     @model_validator(mode="after")
     def _lines(self):
+        _check_source(self, SPOKEN)
         self.check_worlds(Dialogue)
         return self
 
@@ -303,13 +297,15 @@ class Profile(_Strict):
 # --- parameters of dataclasses, and of stages that findings add
 
 
-def _folder(folder: str, source: str, downloaded: str) -> str:
-    """A source's folder, from where the user stands."""
-    if (source == downloaded) == bool(folder):
+def _check_source(grid: TextGrid | DialogueGrid, known: Sequence[str]) -> None:
+    """Raise ValueError unless text is downloaded (the first of the sources), or comes from a folder."""
+    if grid.source not in known:
+        raise ValueError(f"source {grid.source!r} is not one of {', '.join(known)}")
+    if (grid.source == known[0]) == bool(grid.folder):
+        fed = " or ".join(map(repr, known[1:]))
         raise ValueError(
-            f"source {source!r} with folder={folder!r}: {downloaded!r} is downloaded, others need a folder"
+            f"source {grid.source!r}, folder {grid.folder!r}: a folder goes with the source {fed}, and {fed} needs one"
         )
-    return str(working_folder() / Path(folder).expanduser()) if folder else ""
 
 
 @cache
