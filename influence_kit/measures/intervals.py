@@ -333,3 +333,9 @@ def rank_correlation_of(rows, columns: Sequence[str]) -> Estimate:
         return pandas.DataFrame(sample).corr("spearman").iloc[0, 1]
 
     return estimate_of(rows, list(columns), correlation, method="t", bounds=(-1, 1))
+
+
+def gaps(rows, by: Sequence[str], column: str = "change"):
+    """Mean of the rows that are `treated` less that of the others, for each value of some columns: a Series."""
+    means = rows.groupby([*by, "treated"])[column].mean().unstack("treated")
+    return means[True] - means[False]

@@ -12,9 +12,12 @@ from influence_kit.measures.intervals import (
     Estimate,
     bootstrap,
     difference,
+    difference_in_differences,
     difference_of,
     estimate_of,
+    gaps,
     largest_minus_smallest,
+    pick,
     ratio_of_means,
 )
 
@@ -210,3 +213,14 @@ def test_columns_of_a_table_are_read_with_its_seeds():
     assert estimate_of(table, ["x", "y"], ratio_of_means) == bootstrap(table[["x", "y"]], table["seed"], ratio_of_means)
     assert difference_of(big, small, "x", "y") == difference(big["x"], big["seed"], small["y"], small["seed"])
     assert largest_minus_smallest(table, "x") == difference(big["x"], big["seed"], small["x"], small["seed"])
+    table["treated"], table["change"] = table["x"] > 0, table["y"]
+    gone, kept = table[table["treated"]], table[~table["treated"]]
+    assert difference_in_differences(table) == difference(gone["y"], gone["seed"], kept["y"], kept["seed"])
+    first = pick(table, seed=1)
+    by_hand = pick(first, treated=True)["y"].mean() - pick(first, treated=False)["y"].mean()
+    assert gaps(table, ["seed"])[1] == pytest.approx(by_hand)
+    assert estimate_of(table, "x").row(size=8)["size"] == 8 and set(estimate_of(table, "x").row()) == {
+        "estimate",
+        "low",
+        "high",
+    }

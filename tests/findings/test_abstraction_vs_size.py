@@ -1,7 +1,6 @@
-"""Abstraction: planted rankings give the numbers that can be told by hand."""
+"""Chapter 04: planted rankings give the numbers that can be told by hand."""
 
 import numpy as np
-import pandas
 import pyarrow as pa
 import pytest
 from scipy.stats import spearmanr
@@ -9,14 +8,7 @@ from scipy.stats import spearmanr
 from influence_kit.corpora.world import World, token_columns
 from influence_kit.corpora.worlds.ladder import Ladder, build, tiers
 from influence_kit.errors import UserError
-from influence_kit.measures.abstraction import (
-    abstraction,
-    half_nat,
-    overlap_ranks,
-    partial_rank,
-    removal,
-    top_decline,
-)
+from influence_kit.findings.abstraction_vs_size import abstraction, overlap_ranks, partial_rank, top_decline
 from influence_kit.measures.intervals import bootstrap, ratio_of_means
 
 SMALL = {"agent_classes": 4, "event_classes": 4, "response_classes": 4, "class_words": 8, "flavours": 2}
@@ -38,7 +30,7 @@ def test_scores_that_know_nothing_have_lift_one(scan):
     world, rows, queries, _ = scan
     found = abstraction(world, noise((len(queries), len(rows))), rows, queries, top=0.5)
     assert found[["T2", "T0r", "T4", "T5"]].mean().to_numpy() == pytest.approx(1, abs=0.1)
-    assert found.precision.mean() == pytest.approx(found.concept_share.mean(), abs=0.07)
+    assert found.precision.mean() == pytest.approx(found.shuffled_precision.mean(), abs=0.15)
 
 
 def test_meaning_and_overlap_are_told_apart(scan):
@@ -82,41 +74,11 @@ def test_shapes_that_do_not_fit_are_refused(scan):
         top_decline(np.zeros((2, 4)), np.zeros((2, 4)), k=5)
 
 
-def test_half_nat_takes_the_nearest_kept_checkpoint():
-    answers = pandas.DataFrame(
-        {"fraction": np.repeat([0, 0.25, 0.5, 1.0], 2), "log_p": -np.array([0.5, 0.5, 2, 1, 0.3, 0.5, 0.0, 0.1])}
-    )
-    assert half_nat(answers) == 0.5
-    assert half_nat(answers, fractions=[1 / 4, 1]) == 1.0  # losses 1.5 and .05
-    assert half_nat(answers, nats=1.4) == 0.25
-    assert half_nat(answers, fractions=[0.2501, 1]) == 1.0 and half_nat(answers, fractions=[0.4999]) == 0.4999
-    with pytest.raises(UserError, match="No checkpoint"):
-        half_nat(answers, fractions=[0.75])
-
-
 def test_top_scores_decline_by_the_quotient_of_their_means():
     large = np.array([[4.0, 2, 0, -9], [-1, -1, -1, -1]])
     small = 3 * large
     assert top_decline(small, large, k=2)[0] == pytest.approx(3)
     assert np.isnan(top_decline(small, large, k=2)[1])
-
-
-def test_removal_averages_within_combinations():
-    base = pandas.DataFrame(
-        {
-            "query": range(4),
-            "log_p": [-1.0, -1, -2, -2],
-            "combination": [0, 0, 1, 1],
-            "treated": [True, True, False, False],
-        }
-    )
-    less = base.assign(log_p=[-3.0, -2, -2, -2.5])[::-1]
-    found = removal(base, less)
-    assert found.change.tolist() == [-1.5, -0.25] and found.treated.tolist() == [True, False]
-    with pytest.raises(UserError, match="not the same"):
-        removal(base, less[less["query"] > 0])
-    with pytest.raises(UserError, match="not the same"):
-        removal(base, less.assign(treated=False))
 
 
 def test_partial_rank_is_the_textbook_formula_and_leaves_out_what_overlap_explains():
