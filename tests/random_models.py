@@ -28,3 +28,19 @@ def random_model(architecture: str, seed: int, width: int, depth: int = 2, vocab
             elif name.endswith("bias"):
                 parameter.normal_(std=0.1)
     return model.eval()
+
+
+def breaking(model):
+    """The model, but that its logits are not finite where a sequence holds token 28."""
+    import torch
+
+    class Breaking(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens):
+            breaks = (tokens == 28).any(1)[:, None, None]
+            return self.model(input_ids=tokens).logits * torch.where(breaks, torch.inf, 1.0)
+
+    return Breaking()

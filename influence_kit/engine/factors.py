@@ -286,11 +286,9 @@ class Factors:
         def basis(owner: str, blocks: int) -> Basis:
             return bases.setdefault(owner, tuple(tensors[f"{owner}/{i}"] for i in range(blocks)))
 
-        layers = {
-            entry["name"]: LayerFactors(
-                *(basis(*entry[side]) if side in entry else None for side in ("inputs", "outputs")),
-                tensors[f"{entry['name']}/eigenvalues"],
-            )
-            for entry in details.pop("order")
-        }
+        layers = {}
+        for entry in details.pop("order"):
+            name = entry["name"]
+            inputs, outputs = (basis(*entry[side]) if side in entry else None for side in ("inputs", "outputs"))
+            layers[name] = LayerFactors(inputs, outputs, tensors[f"{name}/eigenvalues"])
         return Factors(layers, tensors.get("labels"), details)

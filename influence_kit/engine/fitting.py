@@ -150,6 +150,7 @@ def _covariances(
     all_reduce([*sums.values(), source.labels, source.counted])
     if int(source.counted.sum()) == 0:
         raise ValueError("loss_mask selects no target in any sequence: nothing to fit factors on")
+    _refuse_unless_finite(sums)
     return sums
 
 
@@ -250,7 +251,17 @@ def _second_moments(
             _save(source, state, "eigenvalues", sums, index + 1)
         report(rows.stop)
     all_reduce(sums.values())
+    _refuse_unless_finite(sums)
     return {name: total / count(source.sequences) for name, total in sums.items()}
+
+
+def _refuse_unless_finite(sums: Mapping[str, Tensor]) -> None:
+    for name, total in sums.items():
+        if not total.isfinite().all():
+            layer = name.split(" ")[1] if " " in name else name
+            raise ValueError(
+                f"layer {layer!r} has inputs or gradients that are not finite in some sequence: nothing can be fitted on them"
+            )
 
 
 def _save(source: PseudoGradients, state: State, name: str, sums: Mapping[str, Tensor], done: int) -> None:

@@ -39,7 +39,7 @@ from .factors import Factors
 from .features import Features
 from .files import digest, load_tensors, save_tensors, sha256, whole
 from .processes import barrier, rank_and_size, shard
-from .scans import NAMED, check_damping, score, warn_of_unusable
+from .scans import NAMED, check_damping, check_norms, score, warn_of_unusable
 from .scores import FORMS, Scores, TopScores, ends
 from .sequences import Progress, batch_rows, check, corpus_digest, count, gather, read_batch, row_digests
 from .shelf import Buffers
@@ -298,7 +298,9 @@ class Index:
         features, parts = Features(model, self.factors, self.about["damping"]), []
         for rows in batch_rows(count(queries), batch_size):
             parts.append(features.project(queries, rows, self.projection, self.about["bits"], self.about["dims"]))
-        return torch.cat([x for x, _ in parts]), torch.cat([squares for _, squares in parts]).sqrt()
+        norms = torch.cat([squares for _, squares in parts]).sqrt()
+        check_norms(norms)
+        return torch.cat([x for x, _ in parts]), norms
 
     def _shards(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(first row, codes uint8 [n, bytes], norms float32 [n, 2]) of every file, mapped, not read."""

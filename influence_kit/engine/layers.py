@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 MLP_PATTERN = r"(^|\.)(mlp|feed_forward|ffn)\."
 HEAD_PATTERN = r"(^|\.)(lm_head|embed_out|score|output_projection)$"
@@ -65,18 +66,14 @@ def tracked_layers(model: nn.Module, layers: str = "mlp", blocks: int = 1) -> di
     if left:
         warnings.warn(f"layers={layers!r} {left}", stacklevel=2)
     for name, module in chosen.items():
-        if module.weight.dtype not in PLAIN or module.weight.ndim != 2:  # type: ignore[operator]
+        if (why := _why_left_out(model, module)).startswith("packed"):
             raise ValueError(
-                f"layer {name!r} has a packed weight ({_kind(module.weight)}): load the model unpacked, or leave it out with a "
-                "narrower `layers` pattern"
+                f"layer {name!r} has a weight that is {why}: load the model unpacked, or leave it out with a narrower "
+                "`layers` pattern"
             )
     _refuse_tied(model, chosen)
     _refuse_too_wide(chosen, blocks)
     return chosen
-
-
-def _kind(weight: Tensor | nn.Module) -> str:
-    return str(weight.dtype).removeprefix("torch.")
 
 
 def _refuse_tied(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
@@ -103,11 +100,16 @@ def _refuse_too_wide(chosen: dict[str, nn.Module], blocks: int) -> None:
             )
 
 
-def _why_left_out(model: nn.Module, module: nn.Module) -> str:
+def _size(module: Any, weight: Any) -> int:
+    """Number of weights, also where several lie in one number."""
+    return module.in_features * module.out_features if isinstance(module, nn.Linear) else weight.numel()
+
+
+def _why_left_out(model: nn.Module, module: Any) -> str:
     """Why "mlp" and "all" leave a linear map out; empty where they do not."""
     weight = module.weight
-    if weight.dtype not in PLAIN or weight.ndim != 2:  # type: ignore[operator]
-        return f"packed in {_kind(weight)}"
+    if weight.dtype not in PLAIN or weight.ndim != 2:
+        return f"packed in {str(weight.dtype).removeprefix('torch.')}"
     if not weight.requires_grad and any(parameter.requires_grad for parameter in model.parameters()):
         return "frozen, where others are trained"
     return ""
@@ -132,14 +134,10 @@ def _left_out(model: nn.Module, layers: str, chosen: dict[str, nn.Module]) -> st
                 why = "fused in one parameter" if weight.ndim > 2 else "in no linear map"
             if why:
                 size, first = found.get(why, (0, full))
-                found[why] = (
-                    size
-                    + (math.prod((module.in_features, module.out_features)) if "packed" in why else weight.numel()),
-                    first,
-                )
+                found[why] = size + _size(module, weight), first
     if not found:
         return ""
-    tracked = sum(module.weight.numel() for module in chosen.values())  # type: ignore[operator]
+    tracked = sum(_size(module, module.weight) for module in chosen.values())
     total = tracked + sum(size for size, _ in found.values())
     listed = ", ".join(f"{size:,} {why} ({first})" for why, (size, first) in found.items())
     return f"tracks {tracked:,} of {total:,} {'MLP weights' if layers == 'mlp' else 'weights'}; not tracked: {listed}"

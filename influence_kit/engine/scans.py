@@ -217,6 +217,7 @@ def token_scores(
     check(sequences, model)
     factors = factors.beside(model)
     directions = Directions(model, factors, query, damping, rotated_sides(factors, 1, 0, True))
+    check_norms(directions.norms)
     modules, rotator = dict(model.named_modules()), Rotator()
     length = read_batch(sequences, slice(0, 1)).tokens.shape[1]
     summed = torch.zeros(count(sequences), length, dtype=directions.norms.dtype)
@@ -279,10 +280,7 @@ class Sweep:
         tokens = total * (read_batch(sequences, slice(0, 1)).tokens.shape[1] - 1) if total else 0
         rotated = rotated_sides(beside, count(queries), tokens // rank_and_size()[1], norms)
         directions = Directions(model, beside, queries, damping, rotated, rank, batch_size, memory)
-        if bad := (~directions.norms.isfinite()).nonzero().flatten().tolist():
-            raise ValueError(
-                f"{len(bad)} of {count(queries)} queries have gradients that are not finite, first query {bad[0]}"
-            )
+        check_norms(directions.norms)
         whitening = {n: inverse(layer.damped(damping)) for n, layer in beside.layers.items()} if norms else {}
         about = (corpus_digest(queries), damping, batch_size, by_layer, norms, rank)
         return Sweep(model, beside, sequences, directions, whitening, batch_size, by_layer, about)
@@ -350,6 +348,12 @@ def check_damping(damping: float) -> None:
     """Raise ValueError unless damping is a number >= 0."""
     if not damping >= 0:
         raise ValueError(f"damping={damping!r} must be zero or positive: it is a share of the mean eigenvalue")
+
+
+def check_norms(norms: Tensor) -> None:
+    """Raise ValueError unless all queries' whitened gradients, of these norms [Q], are finite."""
+    if bad := (~norms.isfinite()).nonzero().flatten().tolist():
+        raise ValueError(f"{len(bad)} of {len(norms)} queries have gradients that are not finite, first query {bad[0]}")
 
 
 def warn_of_unusable(number: int, first: list[int], total: int) -> None:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -200,7 +201,7 @@ def _columns(sequences: Mapping[str, Tensor]) -> list[str]:
     return ["input_ids", *(name for name in READ if name in names)]
 
 
-def _read(sequences: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+def _read(sequences: Any, rows: slice) -> dict[str, Tensor]:
     """The columns' values [B, T] as they are given, as tensors."""
     names = _columns(sequences)
     if hasattr(sequences, "column_names"):
@@ -282,14 +283,8 @@ def check(
         for rows, batch in _in_pieces(sequences):
             tokens, mask, length = batch
             if vocabulary is not None:
-                _refuse(
-                    tokens >= vocabulary,
-                    rows,
-                    lambda at, tokens=tokens: (
-                        f"holds the id {int(tokens[at])}: the model knows ids below {vocabulary}, padding is no exception"
-                    ),
-                    "input_ids",
-                )
+                said = partial(_unknown, tokens, vocabulary)
+                _refuse(tokens >= vocabulary, rows, said, "input_ids")
             if context is not None and length > context:
                 raise ValueError(
                     f"rows {rows.start}.. have targets after {length} tokens: the model's context is {context}"
@@ -300,6 +295,10 @@ def check(
                 )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error.__cause__
+
+
+def _unknown(tokens: Tensor, vocabulary: int, at: tuple[int, int]) -> str:
+    return f"holds the id {int(tokens[at])}: the model knows ids below {vocabulary}, padding is no exception"
 
 
 def _in_pieces(sequences: Mapping[str, Tensor]) -> Iterator[tuple[slice, Batch]]:
@@ -351,7 +350,7 @@ def vocabulary_of(model: nn.Module) -> int | None:
 
 def context_of(model: nn.Module) -> int | None:
     """The longest sequence that the model was made for, where its configuration says so."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     for name in ("max_position_embeddings", "n_positions"):
         if isinstance(found := getattr(config, name, None), int) and found > 0:

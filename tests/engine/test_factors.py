@@ -73,3 +73,27 @@ def test_foreign_and_damaged_files_are_not_mistaken_for_factors(tmp_path):
     (tmp_path / "y.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         Factors.load(tmp_path / "y.safetensors")
+
+
+def test_any_flipped_bit_of_saved_factors_is_found(tmp_path):
+    model = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"up": torch.nn.Linear(2, 3)})})
+    layer = LayerFactors((orthogonal(3).float(),), (orthogonal(3).float(),), torch.rand(3, 3))
+    path = tmp_path / "x.safetensors"
+    Factors({"mlp.up": layer}, torch.ones(2, 3).long(), {"method": "ekfac", "seed": 0}).beside(model).save(path)
+    whole = path.read_bytes()
+    Factors.load(path)
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
+        with pytest.raises(ValueError):
+            Factors.load(path)
+    path.write_bytes(whole[:-8] + bytes(8))
+    with pytest.raises(ValueError, match="is damaged .its content does not match its checksum.: make it again"):
+        Factors.load(path)
+
+
+def test_factors_of_a_time_without_checksums_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", metadata={"influence_kit": '{"order": []}'})
+    with pytest.raises(ValueError, match="before it wrote checksums"):
+        Factors.load(tmp_path / "x.safetensors")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import ARCHITECTURES, random_sequences, tiny_model
+from random_models import breaking
 from torch import nn
 
 from influence_kit.engine import fitting as ekfac
@@ -234,3 +235,11 @@ def test_state_of_another_fit_is_not_used(tmp_path, monkeypatch, change):
     again, expected = fit_ekfac(model, data, resume=tmp_path, **asked), fit_ekfac(model, data, **asked)
     for name in expected.layers:
         assert torch.equal(again.layers[name].eigenvalues, expected.layers[name].eigenvalues)
+
+
+@pytest.mark.parametrize("method", ["ekfac", "kfac", "diagonal"])
+def test_a_sequence_whose_gradient_is_not_finite_is_no_ground_for_factors(method):
+    data = random_sequences(8)
+    data["input_ids"][3, 2] = 28
+    with pytest.raises(ValueError, match=r"layer '.*mlp.*' has inputs or gradients that are not finite"):
+        fit_ekfac(breaking(tiny_model("gpt2")), data, method=method)

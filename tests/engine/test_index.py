@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_sequences, tiny_model
+from random_models import breaking
 
 from influence_kit.engine import index as module
 from influence_kit.engine.factors import Rotator
@@ -256,6 +257,65 @@ def test_a_folder_with_another_index_is_refused(tiny, tmp_path, change, named, f
         build_index(model, fit_ekfac(model, random_sequences(30, seed=6)), data, tmp_path)
     with pytest.raises(ValueError, match="other sequences"):
         build_index(model, factors, random_sequences(20, seed=3), tmp_path)
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_an_index_of_other_rows_is_refused_whichever_row_differs(tiny, tmp_path, killed):
+    model, factors = tiny
+    data = random_sequences(300)
+
+    def kill(done: int, to_do: int):
+        if killed and done > 200:
+            raise KeyboardInterrupt
+
+    try:
+        build_index(model, factors, data, tmp_path, bytes_per_sequence=72, progress=kill)
+    except KeyboardInterrupt:
+        pass
+    other = {name: tensor.clone() for name, tensor in data.items()}
+    other["input_ids"][1, 4] = (other["input_ids"][1, 4] + 1) % 29
+    with pytest.raises(ValueError, match="holds an index of other sequences"):
+        build_index(model, factors, other, tmp_path, bytes_per_sequence=72)
+    index = build_index(model, factors, data, tmp_path, bytes_per_sequence=72)
+    with pytest.raises(ValueError, match="row 1 of sequences is not the one that was indexed"):
+        index.query(model, queries_of(), k=10, sequences=other, rescore=300)
+
+
+def test_a_killed_append_of_other_rows_is_not_gone_on_with(tiny, tmp_path):
+    model, factors = tiny
+    build_index(model, factors, random_sequences(20), tmp_path)
+
+    def kill(done: int, to_do: int):
+        if done == to_do:
+            raise KeyboardInterrupt
+
+    more = random_sequences(300, seed=9)
+    with pytest.raises(KeyboardInterrupt):
+        Index.open(tmp_path).append(model, more, progress=kill)
+    more["input_ids"][1] = 3
+    Index.open(tmp_path).append(model, more)
+    found = Index.open(tmp_path).query(
+        model, queries_of(), k=5, sequences={n: torch.cat([t, more[n]]) for n, t in random_sequences(20).items()}
+    )
+    whole = {n: torch.cat([t, more[n]]) for n, t in random_sequences(20).items()}
+    assert torch.equal(found.sequences, top_scores(model, factors, queries_of(), whole, k=5).sequences)
+
+
+@pytest.mark.parametrize("limit", [WHOLE, 600, 72])
+def test_gradients_that_are_not_finite_rank_last_and_choose_nothing(tmp_path, limit):
+    model, data = breaking(tiny_model("llama", dtype=torch.float32)), random_sequences(40, vocabulary=28)
+    factors = fit_ekfac(model, random_sequences(20, vocabulary=28, seed=5))
+    data["input_ids"][[1, 5, 7], 2] = 28
+    queries = random_sequences(2, vocabulary=28, seed=11)
+    with pytest.warns(UserWarning, match=r"3 of 40 .* \(sequences 1, 5, 7\): they rank last"):
+        index = build_index(model, factors, data, tmp_path, bytes_per_sequence=limit, batch_size=1)
+    quick = index.query(model, queries, k=40)
+    with pytest.warns(UserWarning, match="not finite"):
+        exact = index.query(model, queries, k=40, sequences=data, rescore=40)
+    for found in (quick, exact):
+        assert (found.sequences[..., -3:] == torch.tensor([1, 5, 7])).all() and found.values[..., :-3].isfinite().all()
+    with pytest.raises(ValueError, match="queries have gradients that are not finite"):
+        index.query(model, {n: t[[1]] for n, t in data.items()})
 
 
 def test_bad_arguments_are_refused(tiny, tmp_path):

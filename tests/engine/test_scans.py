@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import ARCHITECTURES, random_sequences, tiny_model
+from random_models import breaking
 
 from influence_kit.engine.directions import Directions
 from influence_kit.engine.factors import EIGENBASIS, LayerFactors, Rotator
@@ -336,6 +337,93 @@ def test_state_of_another_scan_is_not_used(tmp_path):
         score(*setup, batch_size=4, resume=tmp_path, progress=kill)
     scores = score(*setup, damping=0.2, batch_size=4, resume=tmp_path, progress=lambda done, to_do: seen.append(done))
     assert seen == [4, 8] and torch.equal(scores.values, score(*setup, damping=0.2, batch_size=4).values)
+
+
+@pytest.mark.parametrize("what", [score, top_scores])
+def test_a_killed_scan_of_other_rows_is_made_again_where_they_differ(tmp_path, what):
+    """300 rows, of which 64 were looked at: row 1 kept the score of what it had been."""
+    model, factors, queries, sequences = setting(rows=300)
+
+    def kill(done, to_do):
+        if done > to_do / 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        what(model, factors, queries, sequences, batch_size=4, resume=tmp_path, progress=kill)
+    other, seen = {name: tensor.clone() for name, tensor in sequences.items()}, []
+    other["input_ids"][1] = (other["input_ids"][1] + 1) % 29
+    other["loss_mask"][77, 4] = False
+    setup = (model, factors, queries, other)
+    again = what(*setup, batch_size=4, resume=tmp_path, progress=lambda done, to_do: seen.append(done))
+    assert torch.equal(again.values, what(*setup, batch_size=4).values)
+    assert len(seen) == 75 - 37 + 2  # what was not made, and the two parts that rest on other rows
+    assert not torch.equal(again.values, what(model, factors, queries, sequences, batch_size=4).values)
+
+
+@pytest.mark.parametrize("change", ["weights", "query", "basis", "more rows"])
+def test_a_killed_scan_of_another_model_or_query_is_not_gone_on_with(tmp_path, change):
+    model, factors, queries, sequences = setting(rows=40)
+
+    def kill(done, to_do):
+        if done > to_do / 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        score(model, factors, queries, sequences, batch_size=4, resume=tmp_path, progress=kill)
+    if change == "weights":
+        with torch.no_grad():
+            model.model.norm.weight[3] += 0.1
+    if change == "query":
+        queries["input_ids"][2, 1] = (queries["input_ids"][2, 1] + 1) % 29
+    if change == "basis":
+        layer = next(iter(factors.layers.values()))
+        layer.outputs[0][:, 0] *= -1
+        layer.outputs[0][:, 1] += 1e-3 * layer.outputs[0][:, 0]
+    if change == "more rows":
+        sequences = {name: torch.cat([tensor, tensor[:9]]) for name, tensor in sequences.items()}
+    found = score(model, factors, queries, sequences, batch_size=4, resume=tmp_path)
+    assert torch.equal(found.values, score(model, factors, queries, sequences, batch_size=4).values)
+
+
+def broken(rows=40, length=12):
+    """A model that breaks, factors of it, queries, sequences of which three break, and the others' numbers."""
+    model = breaking(tiny_model("llama"))
+    sequences = random_sequences(rows, length, vocabulary=28)
+    factors = fit_ekfac(model, random_sequences(20, length, vocabulary=28, seed=5))
+    sequences["input_ids"][[1, 5, 7], 2] = 28
+    queries = random_sequences(2, length, vocabulary=28, seed=11)
+    return model, factors, queries, sequences, [n for n in range(rows) if n not in (1, 5, 7)]
+
+
+@pytest.mark.parametrize("form", ["raw", "relatif", "cosine"])
+def test_scores_that_are_not_finite_are_counted_and_named_and_rank_last(form):
+    *setup, good = broken()
+    message = r"3 of 40 sequences have scores that are not finite \(sequences 1, 5, 7\): they rank last"
+    with pytest.warns(UserWarning, match=message):
+        scores = score(*setup, batch_size=1)
+    with pytest.warns(UserWarning, match=message):
+        both = top_scores(*setup, k=40, form=form, batch_size=1)
+    assert scores.values[:, good].isfinite().all()
+    for query in range(2):
+        row = scores.form(form)[query]
+        ranked = sorted(good, key=lambda n: -float(row[n]))
+        assert [each.sequence for each in both.top(40, query)] == [*ranked, 1, 5, 7]
+        assert [each.sequence for each in both.bottom(40, query)] == [*ranked[::-1], 1, 5, 7]
+        if form == "raw":
+            assert [each.sequence for each in scores.top(40, query)] == [*ranked, 1, 5, 7]
+            assert [each.sequence for each in scores.bottom(40, query)] == [*ranked[::-1], 1, 5, 7]
+    with pytest.warns(UserWarning, match="3 of 3 sequences"):
+        few = top_scores(*setup[:3], _row(setup[3], [1, 5, 7]), k=5, form=form)
+    assert few.sequences[0, 0].tolist() == [0, 1, 2, -1, -1]
+
+
+def test_a_query_whose_gradient_is_not_finite_is_refused_before_the_scan():
+    model, factors, queries, sequences, _ = broken()
+    queries["input_ids"][1, 3] = 28
+    with pytest.raises(ValueError, match="1 of 2 queries have gradients that are not finite, first query 1"):
+        score(model, factors, queries, sequences)
+    with pytest.raises(ValueError, match="not finite"):
+        token_scores(model, factors, _row(queries, 1), sequences)
 
 
 def test_half_precision_model_scores_like_the_full_one():
