@@ -9,9 +9,9 @@ import yaml
 from influence_kit import models
 from influence_kit.errors import UserError
 from influence_kit.findings import families as grid
+from influence_kit.findings.cross_lingual import translation_ranks
 from influence_kit.findings.profiles import FOLDER, load_profile
 from influence_kit.findings.trained import Trained
-from influence_kit.measures.crossing import translation_ranks
 from influence_kit.reading.words import token_texts
 
 WORDS = {"en": "open save file menu press button window close".split(), "de": "öffnen sichern datei menü drücken knopf fenster schließen".split()}
@@ -85,8 +85,6 @@ def test_pretrained_models_have_no_path_and_no_atlas(folders, tmp_path):
 def test_a_model_that_is_not_there_ends_in_one_line(folders, tmp_path, monkeypatch):
     monkeypatch.setenv("INFLUENCE_KIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    profile = profile_with(folders, tmp_path, family={"sizes": [{"pretrained": str(tmp_path / "nothing")}]})
-    (trained,) = grid.text_grid(profile)
-    with pytest.raises(UserError, match="could not be loaded") as error:
-        Trained(trained).scan()
+    with pytest.raises(UserError, match="pretrained: .*nothing does not exist") as error:
+        profile_with(folders, tmp_path, family={"sizes": [{"pretrained": str(tmp_path / "nothing")}]})
     assert "\n" not in str(error.value)
