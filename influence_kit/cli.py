@@ -1,4 +1,4 @@
-"""The command line: run, stages, scale, test, doctor. Exit codes: 0 done, 1 a stage failed, 2 yours to mend, 130 Ctrl-C, 137 memory."""
+"""The command line: run, stages, lab, scale, test, doctor. Exit codes: 0 done, 1 a stage failed, 2 yours to mend, 130 Ctrl-C, 137 memory."""
 
 import errno
 import inspect
@@ -12,9 +12,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from influence_kit.errors import UserError
+from influence_kit.errors import UserError, first_line
+from influence_kit.runner.live import clock
 from influence_kit.runner.machine import repository, say
-from influence_kit.runner.scheduler import RunFailed, clock
+from influence_kit.runner.scheduler import RunFailed
 
 # Options that take several values: `--only 03 05` means `--only 03 --only 05`.
 SEVERAL = ("--only", "--seeds", "--force")
@@ -28,7 +29,7 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Influence functions for language models: train, fit, score, and execute every chapter.",
 )
-Profile = Annotated[str, typer.Option(help="smoke, laptop, gpu or hub.")]
+Profile = Annotated[str, typer.Option(help="smoke, laptop, gpu, hub, or the path of a YAML file.")]
 Only = Annotated[list[str], typer.Option(metavar="CHAPTER…", help="These chapters: 03, or 03_heavy_tails.")]
 Seeds = Annotated[list[str], typer.Option(metavar="SEED…", help="These seeds instead of the profile's: 0,1,2.")]
 ShowPlan = Annotated[
@@ -98,13 +99,26 @@ def _check_force(names: Sequence[str], stages: Iterable, chapters: Sequence[str]
     return forced
 
 
-def _check_own(given: Mapping[str, object]) -> None:
-    """A model or texts of the user's own are tried before the minutes that stages take. Raises UserError."""
-    own = {name: given[name] for name in ("model", "texts", "prompt", "completion", "length", "limit") if name in given}
-    if any(own.get(name) for name in ("model", "texts", "completion")):
-        from influence_kit.corpora.texts.own import own_world
+OWN = ("model", "texts", "prompt", "completion", "length", "limit")
 
-        own_world(**{"model": "", "texts": "", "prompt": "", "completion": ""} | own)  # type: ignore[arg-type]
+
+def _check_own(given: Mapping[str, object]) -> bool:
+    """Whether a model or texts of the user's own are read, tried before the minutes that stages take. Raises UserError."""
+    own = {name: given[name] for name in OWN if name in given}
+    if not any(own.get(name) for name in ("model", "texts", "completion")):
+        return False
+    from influence_kit.corpora.texts.own import own_skeleton, own_world
+    from influence_kit.engine.layers import tracked_layers
+
+    own_world(**{"model": "", "texts": "", "prompt": "", "completion": ""} | own)  # type: ignore[arg-type]
+    try:
+        tracked_layers(own_skeleton(str(own["model"])))
+    except ValueError as error:
+        raise UserError(
+            f"model={own['model']!r}: {first_line(error)}; the chapter reads MLP layers as `layers='mlp'` finds them: from "
+            "Python (README, Bring a model) `layers` can be chosen"
+        ) from error
+    return True
 
 
 @app.command()
@@ -124,36 +138,55 @@ def run(
     ] = [],  # noqa: B006
     verify: Verify = False,
 ) -> None:
-    """Make every stage, execute every chapter, write figures/<profile>/ and the verdicts."""
+    """Make every stage, execute every chapter, write figures/<profile>/ and the verdicts.
+
+    Other seeds, parameters, models or profiles than those that ship write a folder of their own, figures/runs/<name>/.
+    """
     from influence_kit.findings.discovery import CHECKS, chapter_names, stages_for
+    from influence_kit.findings.profiles import changed_from
     from influence_kit.publishing import notebooks
     from influence_kit.publishing.results import closing_screen, publish
+    from influence_kit.publishing.runs import Run
 
-    settings = _load(profile, _seeds(split(seeds)), without_real_text)
+    numbers = _seeds(split(seeds))
+    settings = _load(profile, numbers, without_real_text)
+    changed = changed_from(profile, numbers, not without_real_text)
     chapters = select(split(only), chapter_names())
     root = notebooks.notebooks_folder().parent
-    # A profile of the user's own is a file; chapters are executed at the checkout's root.
-    always: dict[str, object] = {"profile": os.path.relpath(profile, root) if "." in profile else profile}
-    if numbers := _seeds(split(seeds)):
-        always["seeds"] = numbers
+    always = {"profile": profile} | ({"seeds": changed["seeds"]} if "seeds" in changed else {})
     paths = [root / "notebooks" / f"{chapter}.ipynb" for chapter in chapters]
     chosen = notebooks.chosen_parameters(paths, _assignments(parameter), always)
-    for given in chosen.values():
-        _check_own(given)
+    knobs = {stem: {n: v for n, v in given.items() if n not in always} for stem, given in chosen.items()}
+    if any(knobs.values()) and not only:  # the others would come out as ever
+        paths = [path for path in paths if knobs[path.stem]]
+    own = [_check_own(knobs[path.stem]) for path in paths]
     content = settings.model_dump(mode="json")
     executions = [
-        notebooks.chapter_stage(path, chosen[path.stem], content, stages_for(settings, path.stem)) for path in paths
+        notebooks.chapter_stage(
+            path, chosen[path.stem], content, stages_for(settings, path.stem), changed | knobs[path.stem]
+        )
+        for path in paths
     ]
+    run = Run(
+        root, settings.name, changed | {name: value for path in paths for name, value in knobs[path.stem].items()}
+    )
+    labels = [path.stem for path in paths]
+    run.check(labels, update_expected)
     stages = [stage for execution in executions for stage in execution.inputs.values()] + executions
-    began = time.monotonic()
+    if run.changed and not plan:
+        told = ", ".join(f"{name}={value}" for name, value in run.changed.items())
+        say(f"{told}: results of {', '.join(labels)} go to {run.folder}")
     made = _make(stages, plan, split(force), chapter_names(), jobs, verify, CHECKS)
     if made is None:
         return
-    folder = root / "figures" / settings.name
-    claims, figures = publish(folder, executions, update_expected)
-    print(closing_screen(claims, figures, folder))
-    cached = len({stage.fingerprint for stage in stages}) - made
-    print(f"{made} made, {cached} from the cache, in {clock(time.monotonic() - began)}; see {folder}")
+    claims, figures = publish(run.folder, executions, update_expected, run.expected, run.changed)
+    total = len({stage.fingerprint for stage in stages})
+    if made and (run.changed or labels == chapter_names()):
+        run.write(made, total, labels)
+    print(closing_screen(claims, figures, run.folder))
+    print(f"{made} made, {total - made} from the cache, in {clock(time.monotonic() - run.began)}; see {run.folder}")
+    if any(own):
+        print(f"your model and texts: the last section of {run.folder / 'notebooks' / paths[own.index(True)].name}")
 
 
 @app.command()
@@ -244,7 +277,10 @@ def scale(
     chosen |= {"fit": fit or min(100_000, sequences), "disk": free_disk() if disk is None else disk}
     given = {name: value for name, value in chosen.items() if value is not None}
     work = Work(sequences, self_influence=self_influence, dtype=dtype, **given)  # type: ignore[arg-type]
-    print(describe(decoder(parameters, layers), work, speed_of(flops)))
+    try:
+        print(describe(decoder(parameters, layers), work, speed_of(flops)))
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -254,8 +290,26 @@ def test(context: typer.Context) -> None:
     if root is None or not (root / "tests").is_dir():
         raise UserError("no tests/ beside the package: clone the repository and run ./run_all.sh test there")
     os.chdir(root)
+    os.environ.pop("INFLUENCE_KIT_CWD", None)  # tests stand where they are
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "pytest", *context.args])
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def lab(
+    context: typer.Context,
+    chapter: Annotated[str, typer.Argument(metavar="[CHAPTER]", help="Open this one: 03, or 03_heavy_tails.")] = "",
+) -> None:
+    """Open JupyterLab on the notebooks, with this environment's kernel and the cache; what follows goes to jupyter lab."""
+    from influence_kit.findings.discovery import chapter_names
+    from influence_kit.publishing.lab import command
+
+    words = [chapter] if chapter.startswith("-") else []
+    chosen = select([chapter], chapter_names()) if chapter and not words else []
+    line, settings = command(chosen[0] if chosen else "", [*words, *context.args])
+    os.environ.update(settings)
+    sys.stdout.flush()
+    os.execv(line[0], line)
 
 
 @app.command()
@@ -292,6 +346,19 @@ def at_scale(words: list[str]) -> list[str]:
     return ["scale", *(word for word in words[1:] if word != "--plan")]
 
 
+def _remedy(error: OSError) -> str:
+    """One line for an error of the user's disk; "" for any other."""
+    place = Path(error.filename) if isinstance(error.filename, str) else None
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = place.parent if place else Path.cwd()
+        return f"no space left in {where}: free some there, then run again (finished stages are kept)"
+    if place and isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError):
+        return f"{place}: {error.strerror}; move what is in the way, then run again (finished stages are kept)"
+    if place and (isinstance(error, PermissionError) or error.errno == errno.EROFS):
+        return f"cannot write or read {place} ({error.strerror}): mend that, then run again (finished stages are kept)"
+    return ""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; every foreseeable end is one line on stderr and an exit code (see the module's first line)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -313,10 +380,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"error: {failure}")
         return failure.exit_code
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not (remedy := _remedy(error)):
             raise
-        place = Path(error.filename).parent if error.filename else Path.cwd()
-        say(f"error: no space left in {place}: free some there, then run again (finished stages are kept)")
+        say(f"error: {remedy}")
         return 2
     except (KeyboardInterrupt, typer.Abort):
         say("interrupted; finished stages are kept, and unfinished ones go on from where they saved themselves")

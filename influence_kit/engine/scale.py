@@ -15,8 +15,6 @@ from typing import NamedTuple
 
 import torch
 
-from influence_kit.errors import UserError
-
 from .codes import MIXED, NORMS, layout
 from .directions import LEANING, OVERSAMPLED, POWER_STEPS, QUERY_BLOCK
 from .features import PILOT
@@ -128,7 +126,7 @@ class Stage:
 def decoder(parameters: float, layers: str = "mlp") -> Decoder:
     """The decoder of about this many parameters, embeddings not counted: 12 width^2 depth, width near 64 depth."""
     if parameters < (least := 12 * RATIO**2):
-        raise UserError(f"--parameters={parameters:.12g} is less than one block {RATIO} wide: give {least} or more")
+        raise ValueError(f"--parameters={parameters:.12g} is less than one block {RATIO} wide: give {least} or more")
     width = RATIO * max(1, round((parameters * RATIO / 12) ** (1 / 3) / RATIO))
     return Decoder(width, max(1, round(parameters / (12 * width**2))), layers)
 
@@ -255,7 +253,14 @@ def _index(s: _Sizes) -> list[Stage]:
     rescoring = asked.operations + scanned.operations
     build = N / s.work.ranks * (gradient + mixing) + pilot / s.work.ranks * (s.passes + s.formed)
     return [
-        Stage("index build", build, s.batch(build_index) + beside + choosing, 0, index + 8.0 * N + once, index / s.work.ranks),
+        Stage(
+            "index build",
+            build,
+            s.batch(build_index) + beside + choosing,
+            0,
+            index + 8.0 * N + once,
+            index / s.work.ranks,
+        ),
         Stage("one index query", gradient + mixing + 4.0 * N * dims, s.batch(Index.query, 1) + beside, traffic=index),
         Stage("its rescoring", rescoring, max(asked.memory, scanned.memory) + 4.0 * N),
     ]
@@ -266,7 +271,7 @@ def _kept(s: _Sizes) -> tuple[int, int, int]:
     try:
         bits, dims = layout(s.numbers, s.work.index_bytes)
     except ValueError as error:
-        raise UserError(f"--index-bytes: {error}") from error
+        raise ValueError(f"--index-bytes: {error}") from error
     return bits, dims, min(dims, s.numbers)
 
 

@@ -20,7 +20,6 @@ from influence_kit.engine.labels import PseudoGradients
 from influence_kit.engine.layers import shape_of, tracked_layers
 from influence_kit.engine.scale import Decoder, Layer, Speed, Work, decoder, describe, estimate, problems, speed_of
 from influence_kit.engine.scans import score
-from influence_kit.errors import UserError
 from influence_kit.models import configure, initialise
 
 WIDTH, DEPTH, VOCABULARY = 256, 2, 512
@@ -217,7 +216,7 @@ def test_a_query_multiplies_every_code():
 
 
 def test_an_index_of_too_few_bytes_is_refused():
-    with pytest.raises(UserError, match="--index-bytes: bytes_per_sequence=9 must be at least 16"):
+    with pytest.raises(ValueError, match="--index-bytes: bytes_per_sequence=9 must be at least 16"):
         stages_of(decoder(1e9).shapes, Work(1000, index_bytes=9), decoder(1e9))
 
 
@@ -303,7 +302,7 @@ def test_a_decoder_has_about_the_parameters_and_is_64_times_as_wide_as_deep(para
 
 
 def test_a_model_smaller_than_one_block_is_refused():
-    with pytest.raises(UserError, match="--parameters=1000 is less than one block 64 wide: give 49152 or more"):
+    with pytest.raises(ValueError, match="--parameters=1000 is less than one block 64 wide: give 49152 or more"):
         decoder(1000)
 
 
