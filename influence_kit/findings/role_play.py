@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from influence_kit.corpora.texts.wesnoth import NARRATOR
-from influence_kit.corpora.world import World, token_matrix
+from influence_kit.corpora.world import World
 from influence_kit.corpora.worlds.cast import tiers
 from influence_kit.errors import UserError
 from influence_kit.findings.families import END, Planned, dialogue_grid, planted_grid
@@ -35,7 +35,7 @@ from influence_kit.findings.profiles import Profile
 from influence_kit.findings.trained import Trained, paired
 from influence_kit.measures.checkpoints import half_nat
 from influence_kit.measures.intervals import Estimate, difference_of, estimate_of, pick
-from influence_kit.measures.lexical import bm25, token_counts
+from influence_kit.measures.lexical import bm25, target_counts
 from influence_kit.measures.lifts import auc, lift
 
 if TYPE_CHECKING:
@@ -403,12 +403,8 @@ def _who(world: World, rows: np.ndarray, queries: np.ndarray) -> tuple[dict, dic
 
 def word_overlap(world: World, rows: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """BM25 [Q, N] of the sequences at `rows` for the queries at `queries`, over what each predicts."""
-
-    def said(table, places):
-        mask = token_matrix(table, "loss_mask")[places]
-        return token_counts(token_matrix(table)[places], mask, world.vocabulary_size, ignore=(0, 1))
-
-    return bm25(said(world.queries, queries), said(world.sequences, rows))
+    tables = (world.queries.take(queries), world.sequences.take(rows))
+    return bm25(*(target_counts(table, world.vocabulary_size, ignore=(0, 1)) for table in tables))
 
 
 def matched_preference(
