@@ -87,7 +87,9 @@ class Directions:
                     if rank is None:
                         self._keep(name, rows, direction, found.bias)
                         continue
-                    left, right, error = low_rank(direction, rank)
+                    left, right, error = low_rank(
+                        direction.nan_to_num(0, 0, 0), rank
+                    )  # `norms` tell what was not finite
                     lost[rows] += error.to(device)
                     whole[rows] += direction.square().sum((1, 2)).to(device)
                     self._keep_low(name, rows, left, right)

@@ -27,7 +27,7 @@ from .layers import shape_of, tracked_layers
 from .passes import rows_within
 from .processes import all_reduce, barrier, broadcast, rank_and_size, shard
 from .resume import State, by_rank
-from .sequences import Progress, batch_rows, check, corpus_digest, count
+from .sequences import Progress, batch_rows, check, corpus_digest, count, given_labels
 from .shelf import Shelf, aligned, free_disk, release_freed
 
 METHODS = ("ekfac", "kfac", "diagonal", "identity")
@@ -77,7 +77,10 @@ def fit_ekfac(
     total = count(sequences)
     if total == 0:
         raise ValueError("no sequences to fit factors on: input_ids has no rows")
+    batch_rows(total, batch_size)
     check(sequences, model)
+    if not isinstance(labels, str):
+        labels = given_labels(labels, sequences, model)
     details = {"method": method, "layers": layers, "blocks": blocks, "seed": seed, "sequences": total}
     if method == "identity":
         return Factors({n: _identity(m) for n, m in chosen.items()}, None, details | {"labels": "none", "tokens": 0})

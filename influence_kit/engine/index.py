@@ -39,7 +39,7 @@ from .factors import Factors
 from .features import Features
 from .files import digest, load_tensors, save_tensors, sha256, whole
 from .processes import barrier, rank_and_size, shard
-from .scans import NAMED, check_damping, check_norms, score, warn_of_unusable
+from .scans import NAMED, check_norms, check_numbers, score, warn_of_unusable
 from .scores import FORMS, Scores, TopScores, ends
 from .sequences import Progress, batch_rows, check, corpus_digest, count, gather, read_batch, row_digests
 from .shelf import Buffers
@@ -92,7 +92,7 @@ def build_index(
     Cost: one scan with self-influence over the sequences (and over PILOT of them where coordinates are chosen), and 64
     multiplications a coordinate kept.
     """
-    check_damping(damping)
+    check_numbers(damping, batch_size)
     folder, total = Path(folder), count(sequences)
     if total == 0:
         raise ValueError("no sequences to index: input_ids has no rows")

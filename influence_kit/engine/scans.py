@@ -212,7 +212,7 @@ def token_scores(
     """
     if count(query) != 1:
         raise ValueError(f"token_scores takes one query, got {count(query)} rows")
-    check_damping(damping)
+    check_numbers(damping, batch_size)
     check(query, model, "query", asking=True)
     check(sequences, model)
     factors = factors.beside(model)
@@ -273,7 +273,7 @@ class Sweep:
         memory: float = 2e9,
     ) -> Sweep:
         """Checks everything and takes the queries' pass. Arguments as `score`'s; `norms`: its self_influence."""
-        check_damping(damping)
+        check_numbers(damping, batch_size)
         check(queries, model, "queries", asking=True)
         check(sequences, model)
         beside, total = factors.beside(model), count(sequences)
@@ -344,10 +344,11 @@ class Sweep:
         return part
 
 
-def check_damping(damping: float) -> None:
-    """Raise ValueError unless damping is a number >= 0."""
-    if not damping >= 0:
+def check_numbers(damping: float, batch_size: int) -> None:
+    """Raise ValueError unless damping is a finite number >= 0, and batch_size >= 1."""
+    if not 0 <= damping < float("inf"):
         raise ValueError(f"damping={damping!r} must be zero or positive: it is a share of the mean eigenvalue")
+    batch_rows(1, batch_size)
 
 
 def check_norms(norms: Tensor) -> None:

@@ -62,10 +62,7 @@ def batch_rows(total: int, batch_size: int) -> list[slice]:
 def count(sequences: Mapping[str, Tensor]) -> int:
     """N, the number of sequences in a mapping or Dataset."""
     _columns(sequences)
-    rows = sequences if hasattr(sequences, "column_names") else sequences["input_ids"]
-    if not getattr(rows, "shape", True):
-        raise ValueError("input_ids must be [N, T]; it is a single number")
-    return len(rows)
+    return len(sequences) if _is_dataset(sequences) else _length("input_ids", sequences["input_ids"])
 
 
 def read_batch(sequences: Mapping[str, Tensor], rows: slice, device: torch.device | str = "cpu") -> Batch:
@@ -170,12 +167,12 @@ def _refuse(wrong: Tensor, rows: slice, said: Callable[[tuple[int, int]], str], 
         raise ValueError(f"{name} of row {(rows.start or 0) + row} {said((row, token))}")
 
 
-def _columns(sequences: Mapping[str, Tensor]) -> list[str]:
+def _columns(sequences: Any) -> list[str]:
     """Names of the columns that count, `input_ids` first.
 
     Raises ValueError for what has no such columns, or has one that means something which is not read.
     """
-    if hasattr(sequences, "column_names"):
+    if _is_dataset(sequences):
         if not hasattr(sequences, "__len__"):
             raise ValueError(
                 "a streaming dataset cannot be read row by row, and has no length: load it without streaming"
@@ -201,6 +198,27 @@ def _columns(sequences: Mapping[str, Tensor]) -> list[str]:
     return ["input_ids", *(name for name in READ if name in names)]
 
 
+def _is_dataset(sequences: object) -> bool:
+    return hasattr(sequences, "column_names") and hasattr(sequences, "with_format")
+
+
+def _length(name: str, column: Any) -> int:
+    try:
+        return len(column)
+    except TypeError as error:
+        raise ValueError(f"{name} must be [N, T], not a single {type(column).__name__}") from error
+
+
+def _cut(name: str, column: Any, rows: slice) -> Tensor:
+    try:
+        return _tensor(name, column[rows])
+    except (TypeError, LookupError, RuntimeError) as error:
+        kind = type(column).__name__
+        raise ValueError(
+            f"{name} is a {kind} that cannot be cut into rows: give a tensor, an array or lists [N, T]"
+        ) from error
+
+
 def _read(sequences: Any, rows: slice) -> dict[str, Tensor]:
     """The columns' values [B, T] as they are given, as tensors."""
     names = _columns(sequences)
@@ -211,7 +229,7 @@ def _read(sequences: Any, rows: slice) -> dict[str, Tensor]:
             sequences = sequences.with_format("numpy", columns=names)
         found = sequences[rows]
         return {name: _tensor(name, found[name]) for name in names}
-    return {name: _tensor(name, sequences[name][rows]) for name in names}
+    return {name: _cut(name, sequences[name], rows) for name in names}
 
 
 def _tensor(name: str, values: object) -> Tensor:
@@ -297,8 +315,28 @@ def check(
         raise ValueError(f"{name}: {error}") from error.__cause__
 
 
+def given_labels(labels: object, sequences: Mapping[str, Tensor], model: nn.Module) -> Tensor:
+    """Labels [N, T] as int64, whatever they lie in.
+
+    Raises:
+        ValueError: They are of another shape than the sequences, or at some target no token that the model knows.
+    """
+    given = _whole_numbers("labels", _tensor("labels", labels)).cpu()
+    vocabulary = vocabulary_of(model) or torch.iinfo(torch.int64).max
+    for rows, (tokens, mask, _) in _in_pieces(sequences):
+        some = given[rows]
+        if some.shape != tokens.shape or len(given) != count(sequences):
+            raise ValueError(
+                f"labels {tuple(given.shape)} do not match input_ids [{count(sequences)}, {tokens.shape[1]}]"
+            )
+        wrong = ((some < 0) | (some >= vocabulary)) & (mask.cpu() | (some != NO_TARGET))
+        wrong[:, 0] = False
+        _refuse(wrong, rows, partial(_unknown, some, vocabulary), "labels")
+    return given
+
+
 def _unknown(tokens: Tensor, vocabulary: int, at: tuple[int, int]) -> str:
-    return f"holds the id {int(tokens[at])}: the model knows ids below {vocabulary}, padding is no exception"
+    return f"holds the id {int(tokens[at])} at token {at[1]}: the model knows the ids from 0 to {vocabulary - 1} alone"
 
 
 def _in_pieces(sequences: Mapping[str, Tensor]) -> Iterator[tuple[slice, Batch]]:
@@ -306,8 +344,8 @@ def _in_pieces(sequences: Mapping[str, Tensor]) -> Iterator[tuple[slice, Batch]]
     total = count(sequences)
     if isinstance(sequences, Mapping):
         for each in _columns(sequences):
-            if len(sequences[each]) != total:
-                raise ValueError(f"{each} has {len(sequences[each])} rows, input_ids has {total}")
+            if (own := _length(each, sequences[each])) != total:
+                raise ValueError(f"{each} has {own} rows, input_ids has {total}")
     length = read_batch(sequences, slice(0, 1)).tokens.shape[1] if total else 0
     for rows in batch_rows(total, max(AT_ONCE // max(length, 1), 1)):
         batch = read_batch(sequences, rows)

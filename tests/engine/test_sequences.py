@@ -1,6 +1,7 @@
 """Sequences as strangers give them: read right, or refused in one line before the first pass."""
 
 from collections import UserDict
+from functools import partial
 from itertools import pairwise
 
 import datasets
@@ -32,7 +33,8 @@ def test_bad_shapes_are_named():
         (torch.zeros(4).long(), r"must be \[N, T\]"),
         (torch.zeros(4, 1).long(), "at least 2"),
         (torch.zeros(4, 2, 2).long(), r"must be \[N, T\]"),
-        (torch.tensor(3), "a single number"),
+        (torch.tensor(3), "not a single Tensor"),
+        ({1: [2, 3]}, "cannot be cut into rows"),
         ([[1, 2, 3], [1, 2]], "rows must have one length"),
         ([["a", "b"], ["c", "d"]], "no table of numbers"),
         ([[1, None], [2, 3]], "no table of numbers"),
@@ -223,7 +225,7 @@ def test_ids_beyond_the_vocabulary_are_refused_before_the_first_pass(padding, tm
     factors = fit_ekfac(model, data)
     bad = {"input_ids": data["input_ids"].masked_fill(~data["loss_mask"], padding), "loss_mask": data["loss_mask"]}
     row = int((bad["input_ids"] == padding).any(1).nonzero()[0])
-    message = f"input_ids of row {row} holds the id {padding}: the model knows ids below 29"
+    message = f"input_ids of row {row} holds the id {padding} at token .*: the model knows the ids from 0 to 28 alone"
     one = {name: tensor[row : row + 1] for name, tensor in bad.items()}
     calls = (
         lambda: fit_ekfac(model, bad),
@@ -237,6 +239,36 @@ def test_ids_beyond_the_vocabulary_are_refused_before_the_first_pass(padding, tm
             call()
     with pytest.raises(ValueError, match="queries: .* holds the id"):
         score(model, factors, one, data)
+
+
+def test_given_labels_are_read_like_ids_or_refused():
+    model, data = tiny_model("gpt2"), random_sequences(6, padded=True)
+    labels = random_sequences(6, seed=9)["input_ids"]
+    expected = fit_ekfac(model, data, labels=labels).layers
+    for given_ in (labels.int(), labels.numpy(), labels.tolist(), labels.masked_fill(~data["loss_mask"], -100)):
+        found = fit_ekfac(model, data, labels=given_).layers
+        assert all(torch.equal(found[n].eigenvalues, expected[n].eigenvalues) for n in expected)
+    for wrong, message in (
+        (labels + 29, "labels of row 0 holds the id .* at token 1: the model knows the ids from 0 to 28 alone"),
+        (torch.full_like(labels, -100), "labels of row 0 holds the id -100 at token 1"),
+        (labels.float(), "whole numbers, not float32"),
+        (labels[:5], "do not match"),
+        (labels[:, :5], "do not match"),
+        (None, "no table of numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit_ekfac(model, data, labels=wrong)
+
+
+@pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("damping", float("inf")), ("damping", -1.0)])
+def test_numbers_out_of_range_are_refused_before_the_first_pass(name, value, tmp_path):
+    model, data = tiny_model("gpt2"), random_sequences(6)
+    factors = fit_ekfac(model, data)
+    calls = [partial(score, model, factors, data, data), partial(top_scores, model, factors, data, data)]
+    calls += [partial(build_index, model, factors, data, tmp_path)]
+    for call in [*calls, partial(fit_ekfac, model, data)] if name == "batch_size" else calls:
+        with pytest.raises(ValueError, match=f"{name}={value}"):
+            call(**{name: value})
 
 
 def test_sequences_longer_than_the_context_are_refused_before_the_first_pass():
