@@ -10,6 +10,7 @@ nothing but the gradients themselves; where they do not, or where whitened norms
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from .gradients import Recorder, TokenGradients, device_of, dtype_of, frozen
 from .passes import sequence_gradients
 from .sequences import batch_rows, count, read_batch
 from .shelf import Buffers, Shelf, aligned_width, free_disk, release_freed
+
+if TYPE_CHECKING:
+    from .refine import Refined
 
 OVERSAMPLED = 8  # columns beyond the rank in the randomised decomposition
 POWER_STEPS = 2
@@ -55,8 +59,9 @@ class Directions:
         rank: int | float | None = None,
         batch_size: int = 32,
         memory: float = 2e9,
+        refined: Refined | None = None,
     ) -> None:
-        """One pass over the queries. `factors` lie beside the model (`Factors.beside`). rank: a whole number, or the
+        """One pass over the queries. refined: solutions that stand for EK-FAC's. `factors` lie beside the model (`Factors.beside`). rank: a whole number, or the
         relative error to stay under. Raises ValueError for a query without a target, or a rank that is neither."""
         if rank is not None and not (rank >= 1 if isinstance(rank, int) else 0 < rank < 1):
             raise ValueError(f"rank={rank!r} must be a whole number >= 1, or a relative error between 0 and 1")
@@ -80,9 +85,12 @@ class Directions:
                     )
                 for name, found in sequence_gradients(model, recorder, batch)[0].items():
                     gradient = rotator.gradients(self.layers[name], found)
-                    direction = torch.div(
-                        gradient, damped[name], out=self._scratch("direction", tuple(gradient.shape), gradient)
-                    )
+                    if refined is None:
+                        direction = torch.div(
+                            gradient, damped[name], out=self._scratch("direction", tuple(gradient.shape), gradient)
+                        )
+                    else:
+                        direction = refined.turned(name, rows)
                     squares[rows] += torch.linalg.vecdot(gradient, direction).sum(1).to(device)
                     if rank is None:
                         self._keep(name, rows, direction, found.bias)

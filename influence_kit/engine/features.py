@@ -8,6 +8,7 @@ self-influence. Coordinates are counted through all layers, row by row of each l
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from .gradients import Recorder, device_of, dtype_of, frozen
 from .passes import sequence_gradients
 from .processes import all_reduce, shard
 from .sequences import batch_rows, count, gather, read_batch
+
+if TYPE_CHECKING:
+    from .refine import Refined
 
 PILOT = 1024  # sequences, evenly spaced, whose gradients choose the coordinates
 
@@ -73,7 +77,13 @@ class Features:
         return {"kept": kept, "signs": signs if bits < 16 else torch.ones(number)}
 
     def project(
-        self, sequences: Mapping[str, Tensor], rows: slice, projection: dict[str, Tensor], bits: int, dims: int
+        self,
+        sequences: Mapping[str, Tensor],
+        rows: slice,
+        projection: dict[str, Tensor],
+        bits: int,
+        dims: int,
+        refined: Refined | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Mixed coordinates of some sequences.
 
@@ -83,6 +93,7 @@ class Features:
             projection: What `choose` made, the same at every call.
             bits: Of a coordinate's code.
             dims: Places for coordinates; those beyond the projection's hold zero before mixing.
+            refined: Solutions for the sequences, which are queries, that stand for EK-FAC's.
 
         Returns:
             Coordinates [b, dims] and |phi|^2 [b], float32, on the CPU.
@@ -92,7 +103,8 @@ class Features:
         size, device = rows.stop - rows.start, device_of(self.model)
         found = torch.zeros(size, dims, dtype=dtype_of(self.model), device=device)
         squares = torch.zeros(size, dtype=found.dtype, device=device)
-        for name, some, lines, flat in self.pieces(sequences, rows):
+        pieces = self.pieces(sequences, rows) if refined is None else self._solved(refined, rows)
+        for name, some, lines, flat in pieces:
             positions, weights, place = self._places[name]
             start, stop = (line * self.inverse[name].shape[1] for line in (lines.start, lines.stop))
             first, last = torch.searchsorted(positions, torch.tensor([start, stop], device=flat.device)).tolist()
@@ -100,6 +112,14 @@ class Features:
             found[some, place + first : place + last] = taken.to(device)
             squares[some] += (flat.square() @ self.inverse[name][lines].flatten()).to(device)
         return (mix(found) if bits < 16 else found).cpu().float(), squares.cpu().float()
+
+    def _solved(self, refined: Refined, rows: slice) -> Iterator[tuple[str, slice, slice, Tensor]]:
+        """As `pieces`: (Lambda + lambda) x, the gradients of which EK-FAC would have made the solutions x."""
+        for name, each in self.inverse.items():
+            x = refined.turned(name, rows)
+            piece = x.new_zeros(*x.shape[:2], each.shape[1])
+            piece[..., : x.shape[2]] = x / each[:, : x.shape[2]]
+            yield name, slice(None), slice(0, len(each)), piece.flatten(1)
 
     def _locate(self, projection: dict[str, Tensor]) -> None:
         """For each layer: positions of its coordinates in the aligned gradient [P W], signed whitening weights, first place."""

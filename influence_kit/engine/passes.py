@@ -90,13 +90,14 @@ def sequence_gradients(
     the module's first lines say.
     """
     if recorder.costs is None:
-        recorder.costs = _costs(model)
+        recorder.costs = costs_of(model)
     costs, most = recorder.costs, room(batch.tokens.device)
     rows = max(int(most.activations // (batch.length * costs.token)), 1)
     cut = costs.vocabulary * batch.length * min(rows, len(batch.tokens)) > most.logits
     if cut:
         if recorder.plain is None:
-            recorder.plain = _is_plain(model, recorder, costs.head, batch)
+            recorder.plain = is_plain(model, costs.head, batch)
+            recorder.forget()
         if not recorder.plain:
             rows, cut = max(most.logits // (costs.vocabulary * batch.length), 1), False
     one = (lambda *given: _by_parts(costs.head, *given)) if cut else _whole
@@ -126,7 +127,8 @@ def _labels_of(labels: Labels, some: slice, length: int) -> Labels:
     return lambda logits, places: labels(logits, places + some.start * length)
 
 
-def _costs(model: nn.Module) -> Costs:
+def costs_of(model: nn.Module) -> Costs:
+    """What a pass of this model costs."""
     embeddings = getattr(model, "get_output_embeddings", None)
     head = embeddings() if embeddings is not None else None
     if head is not None and not is_linear_map(head):
@@ -157,18 +159,8 @@ def _by_parts(
     head: nn.Module, model: nn.Module, recorder: Recorder, batch: Batch, labels: Labels
 ) -> tuple[dict[str, TokenGradients], Tensor]:
     """Logits of some targets at a time, from what the head would have been given."""
-    end, given = batch.length, []
-
-    def keep(module, arguments):
-        given.append(arguments[0])
-        return (arguments[0][..., :0, :],)  # the head multiplies nothing
-
-    handle = head.register_forward_pre_hook(keep)
-    try:
-        forward(model, batch.tokens[:, :end])
-    finally:
-        handle.remove()
-    hidden = given[0].flatten(0, -2)  # [B L, H]
+    end = batch.length
+    hidden = before_head(model, head, batch.tokens[:, :end]).flatten(0, -2)  # [B L, H]
     told = (batch.tokens if labels is None or callable(labels) else labels).clone()
     targets, wanted = told[:, 1 : end + 1].clone().flatten(), batch.loss_mask[:, 1 : end + 1].flatten()
     gradient, step = torch.zeros_like(hidden), max(room(hidden.device).logits // 2 // shape_of(head)[0], 1)
@@ -185,7 +177,23 @@ def _by_parts(
     return recorder.gradients((hidden * gradient).sum(), (len(batch.tokens), end)), told
 
 
-def _is_plain(model: nn.Module, recorder: Recorder, head: nn.Module, batch: Batch) -> bool:
+def before_head(model: nn.Module, head: nn.Module, tokens: Tensor) -> Tensor:
+    """What the head would be given for tokens [B, L], [B, L, H] or [B L, H]; it multiplies nothing."""
+    given: list[Tensor] = []
+
+    def keep(module, arguments):
+        given.append(arguments[0])
+        return (arguments[0][..., :0, :],)
+
+    handle = head.register_forward_pre_hook(keep)
+    try:
+        forward(model, tokens)
+    finally:
+        handle.remove()
+    return given[0]
+
+
+def is_plain(model: nn.Module, head: nn.Module, batch: Batch) -> bool:
     """Whether the model's logits are its head's output as it is: asked with one sequence."""
     seen = []
     handle = head.register_forward_hook(lambda module, arguments, output: seen.append((len(arguments), output)))
@@ -194,5 +202,4 @@ def _is_plain(model: nn.Module, recorder: Recorder, head: nn.Module, batch: Batc
             logits = forward(model, batch.tokens[:1, : batch.length])
     finally:
         handle.remove()
-        recorder.forget()
     return len(seen) == 1 and seen[0][0] == 1 and torch.equal(widened(seen[0][1]), logits)

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from influence_kit.engine.factors import Factors
+    from influence_kit.engine.products import GaussNewton
     from influence_kit.findings.trained import Scanned, Trained
-    from influence_kit.referees.curvature import GaussNewton
 
 MODEL = ["family", "size", "seed"]  # columns that tell one model
 ALL = "all"  # sequences of any relation
@@ -78,8 +78,8 @@ def batching(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> 
 
     from influence_kit import models
     from influence_kit.engine.fitting import fit_ekfac
+    from influence_kit.engine.products import GaussNewton
     from influence_kit.engine.scans import score
-    from influence_kit.referees.curvature import GaussNewton
 
     world, rng = World.load(inputs["world"]), np.random.default_rng([parameters["seed"], 0xBA7C])
     model = models.load(inputs["model"], parameters["fraction"], parameters["device"])
@@ -204,7 +204,8 @@ def cost(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None
     from influence_kit import models
     from influence_kit.engine.fitting import fit_ekfac
     from influence_kit.engine.layers import is_linear_map, shape_of
-    from influence_kit.referees.curvature import PRODUCT, GaussNewton, sampled_inverse, solve
+    from influence_kit.engine.products import GaussNewton, sampled_inverse
+    from influence_kit.referees.curvature import PRODUCT, quality, solve
     from influence_kit.referees.lissa import BATCHES, STEPS, lissa, tuned
 
     world, rng = World.load(inputs["world"]), np.random.default_rng([parameters["seed"], 0xC057])
@@ -235,7 +236,7 @@ def cost(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None
 
     def keep(method: str, batch: int, depth: int, x: Tensor, work: float) -> None:
         same = correlations(curvature.scores(x, scored).cpu().numpy(), reference)
-        residual, energy = (each.tolist() for each in curvature.quality(x, v))
+        residual, energy = (each.tolist() for each in quality(curvature, x, v))
         for i, query in enumerate(asked):
             alignment = (max(energy[i], 0) / energies[i]) ** 0.5
             found = {"agreement": float(same[i]), "alignment": alignment, "residual": residual[i], "work": work}

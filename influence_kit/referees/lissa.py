@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from influence_kit.engine.products import GaussNewton
 from influence_kit.engine.sequences import count
 from influence_kit.errors import UserError
-from influence_kit.referees.curvature import GaussNewton
 
 BATCHES, STEPS = 4, 10  # of power iteration, for the scale
 HALVINGS = 4  # of that scale, before LiSSA is given up

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from influence_kit.engine.factors import Factors
 from influence_kit.engine.gradients import forward, frozen, sequence_losses
+from influence_kit.engine.products import GaussNewton, sampled_gradients
 from influence_kit.engine.sequences import Batch, count, read_batch
 from influence_kit.errors import UserError
-from influence_kit.referees.curvature import LARGEST, GaussNewton, sampled_gradients
+from influence_kit.referees.curvature import LARGEST
 
 DRAWS = 32  # sets of labels drawn for the coordinates
 

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from influence_kit.engine.factors import Factors
 from influence_kit.engine.fitting import fit_ekfac
 from influence_kit.engine.gradients import device_of, frozen
+from influence_kit.engine.products import GaussNewton
 from influence_kit.engine.scans import score
 from influence_kit.engine.scores import Scores
 from influence_kit.engine.sequences import batch_rows, count, read_batch
-from influence_kit.referees.curvature import GaussNewton
+from influence_kit.referees.curvature import dense, within_layers
 from influence_kit.referees.lissa import tuned
 
 Batch = Mapping[str, Tensor]
@@ -85,7 +86,7 @@ class Setting:
     @cached_property
     def matrix(self) -> Tensor:
         """That matrix whole, float64 [D, D], for models small enough."""
-        return self.curvature.dense()
+        return dense(self.curvature)
 
 
 Method = Callable[[Setting], Tensor]
@@ -148,7 +149,7 @@ def exact(s: Setting) -> Tensor:
 
 def block_diagonal(s: Setting) -> Tensor:
     """The same without what one layer's weights know of another's."""
-    return _solved(s, s.curvature.within_layers(s.matrix))
+    return _solved(s, within_layers(s.curvature, s.matrix))
 
 
 def _solved(s: Setting, matrix: Tensor) -> Tensor:

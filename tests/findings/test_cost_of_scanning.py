@@ -12,6 +12,7 @@ from influence_kit import fit_ekfac, models, score
 from influence_kit.corpora.world import World, batch_of
 from influence_kit.corpora.worlds import atlas, ladder
 from influence_kit.engine.factors import Factors
+from influence_kit.engine.products import GaussNewton
 from influence_kit.errors import UserError
 from influence_kit.findings import cost_of_scanning as finding
 from influence_kit.findings.common import influence, train
@@ -37,7 +38,6 @@ from influence_kit.measures.correlations import correlations
 from influence_kit.measures.lexical import overlap
 from influence_kit.measures.relations import relations
 from influence_kit.referees import lissa
-from influence_kit.referees.curvature import GaussNewton
 
 COMMON = {"fraction": 1.0, "seed": 7, "device": "cpu", "damping": 0.1, "layers": "mlp"}
 BATCHING = {**COMMON, "queries": 3, "sequences": 60, "fit": 50, "blocks": [2]}

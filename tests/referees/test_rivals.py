@@ -8,6 +8,7 @@ from conftest import random_sequences, tiny_model
 from influence_kit import fit_ekfac, score
 from influence_kit.errors import UserError
 from influence_kit.referees import lissa, rivals
+from influence_kit.referees.curvature import dense
 from influence_kit.referees.rivals import Setting, by_words, damping_sweep, methods_for, variants
 
 
@@ -56,7 +57,7 @@ def test_ekfac_and_its_forms_are_the_library_s(setting, found):
 
 def test_the_exact_method_solves_with_the_dense_matrix(setting, found):
     curvature = setting.curvature
-    matrix = curvature.dense()
+    matrix = dense(curvature)
     directions = torch.linalg.solve(matrix, curvature.gradients(setting.queries).T).T
     torch.testing.assert_close(found["exact"], directions @ curvature.gradients(setting.sequences).T)
     # Closer to the exact one than what forgets the layers' correlations.
@@ -103,7 +104,7 @@ def test_lissa_halves_a_scale_that_diverges(setting, monkeypatch):
 
 
 def real_top(setting):
-    return float(torch.linalg.eigvalsh(setting.curvature.dense())[-1])
+    return float(torch.linalg.eigvalsh(setting.matrix)[-1])
 
 
 def test_sweeps_and_variants_change_what_they_say(setting, found):
