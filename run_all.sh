@@ -6,8 +6,10 @@ usage() {
   cat <<'TEXT'
 ./run_all.sh [run] [--profile smoke|laptop|gpu|hub] [--only CHAPTER…] [--seeds SEED…] [--plan] [--force STAGE|all]
              [--jobs N] [--without-real-text] [--update-expected] [-p NAME=VALUE] [--verify]
-    Train, fit, score, execute the chapters, write figures/<profile>/ and print the verdicts (profile: laptop).
+    Train, fit, score, execute the chapters, write the figures and print the verdicts (profile: laptop).
+    What ships writes figures/<profile>/; other seeds, parameters or profiles write figures/runs/<name>/.
 ./run_all.sh stages [the same, without -p]   the stages alone, without notebooks
+./run_all.sh lab [CHAPTER] [jupyter's own]   JupyterLab on the notebooks, with this environment and cache
 ./run_all.sh test [pytest's options]         the test suite
 ./run_all.sh doctor                          make the environment; say what this machine has and lacks
 
@@ -21,15 +23,16 @@ TEXT
 fail() { printf 'error: %s\n' "$1" >&2; exit 2; }
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd -P)
+export INFLUENCE_KIT_CWD="$PWD"  # paths that are given start from there
 cd -- "$here"
 case "${1-}" in
   -h | --help | help) usage; exit 0 ;;
-  run | stages | test | doctor) ;;
+  run | stages | lab | test | doctor) ;;
   *) set -- run "$@" ;;
 esac
 # A misspelt profile should not cost an installation first.
 before=
-for word in "$@"; do
+[ "$1" = test ] || for word in "$@"; do
   case "$before $word" in
     "--profile "*.y*ml | *" --profile="*.y*ml) ;;
     "--profile "* | *" --profile="*)

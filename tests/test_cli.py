@@ -39,6 +39,11 @@ def load_profile(name: str, seeds: list[int] | None = None, real_text: bool = Tr
     return TinyProfile(name, seeds, real_text)
 
 
+def changed_from(name: str, seeds: list[int] | None = None, real_text: bool = True) -> dict:
+    changed = {} if seeds in (None, [0]) else {"seeds": seeds}
+    return changed if real_text else changed | {"real_text": False}
+
+
 def stages_for(profile: TinyProfile, chapter: str) -> list:
     shared = [stage("number", f"model {seed}", value=seed, cost=Cost(2)) for seed in profile.seeds]
     real = [stage("surroundings", "real text")] if profile.real_text and chapter == "02_more" else []
@@ -58,7 +63,7 @@ def kit(tmp_path, monkeypatch):
     """Two tiny chapters with tiny stages in place of the package's own, in a checkout of their own."""
     chapters = types.SimpleNamespace(chapter_names=lambda: CHAPTERS, CHECKS=[no_check], stages_for=stages_for)
     monkeypatch.setitem(sys.modules, "influence_kit.findings.discovery", chapters)
-    profiles = types.SimpleNamespace(load_profile=load_profile)
+    profiles = types.SimpleNamespace(load_profile=load_profile, changed_from=changed_from)
     monkeypatch.setitem(sys.modules, "influence_kit.findings.profiles", profiles)
     folder = tmp_path / "checkout" / "notebooks"
     folder.mkdir(parents=True)
@@ -67,6 +72,7 @@ def kit(tmp_path, monkeypatch):
             folder, chapter, "import os", f"open(os.environ['INFLUENCE_KIT_FIGURES'] + '/{chapter}.png', 'w').close()"
         )
     monkeypatch.setattr(notebooks, "notebooks_folder", lambda: folder)
+    monkeypatch.setenv(cli.NO_TEXT, "0")  # a run leaves it in its environment
     monkeypatch.setattr(cli, "repository", lambda: folder.parent)
     return folder.parent
 
@@ -123,6 +129,16 @@ def test_chapters_are_found_by_number_or_name():
         (["run", "-p", "sede=1"], "unknown parameter 'sede'; known are"),
         (["run", "-p", "count=many"], "parameter count of 01_growth takes int (default 3), not 'many'"),
         (["run", "-p", "count"], "-p takes NAME=VALUE, not 'count'"),
+        (["run", "-p", "scale=1e999"], "parameter scale of 01_growth takes float (default 2.0), not '1e999'"),
+        (
+            ["run", "-p", "profile=laptop"],
+            "-p profile=… would change the chapter and not what is made for it: use --profile",
+        ),
+        (["run", "-p", "seeds=[1]"], "use --seeds"),
+        (
+            ["run", "--seeds", "1", "--update-expected"],
+            "--update-expected keeps the tables of a profile's plain run: leave out",
+        ),
         (["run", "--seeds", "one"], "--seeds takes whole numbers"),
         (["run", "--force", "modle"], "--force knows no 'modle'; it takes all, chapter, number, "),
         (["run", "--jobs", "0"], "--jobs"),
@@ -173,22 +189,124 @@ if __name__ == "__main__":
 
 
 def test_run_executes_chapters_then_finds_all_of_it_done(kit, capfd):
-    words = ["run", "--profile", "smoke", "--without-real-text", "--jobs", "2"]
-    assert main([*words, "-p", "count=4"]) == 0
+    words = ["run", "--profile", "smoke", "--jobs", "2"]
+    assert main(words) == 0
     figures = kit / "figures" / "smoke"
-    assert {"01_growth.png", "02_more.png", "verdicts.json", "provenance.json"} <= {
+    assert {"01_growth.png", "02_more.png", "verdicts.json", "provenance.json", "run.json"} <= {
         path.name for path in figures.iterdir()
     }
     executed = (figures / "notebooks" / "01_growth.ipynb").read_text()
-    assert "count = 4" in executed and 'profile = \\"smoke\\"' in executed
-    assert "5 made, 0 from the cache" in capfd.readouterr().out
-    before = calls()
-    assert main([*words, "-p", "count=4"]) == 0
-    assert "0 made, 5 from the cache" in capfd.readouterr().out and calls() == before
+    assert 'profile = \\"smoke\\"' in executed
+    assert "6 made, 0 from the cache" in capfd.readouterr().out
+    took = json.loads((figures / "run.json").read_text())
+    assert took["stages_made"] == took["stages"] == 6 and took["seconds"] > 0 and took["chapters"] == CHAPTERS
+    assert took["changed"] == {} and set(took) >= {"commit", "dirty", "cores"}
+    before, written = calls(), (figures / "run.json").read_bytes()
+    assert main(words) == 0
+    assert "0 made, 6 from the cache" in capfd.readouterr().out and calls() == before
     # Forcing a kind makes it alone again, since it comes out the same.
-    assert main([*words, "-p", "count=4", "--force", "number"]) == 0
-    assert "1 made, 4 from the cache" in capfd.readouterr().out
+    assert main([*words, "--only", "01", "--force", "number"]) == 0
+    assert "1 made, 2 from the cache" in capfd.readouterr().out
     assert json.loads((figures / "verdicts.json").read_text()) == {"claims": [], "figures": []}
+    assert (figures / "run.json").read_bytes() == written  # of the whole run
+    assert not (kit / "figures" / "runs").exists()
+
+
+def lying(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_is_changed_goes_to_a_folder_of_its_own_and_is_said(kit, capfd, monkeypatch):
+    words = ["run", "--profile", "smoke", "--jobs", "2"]
+    assert main(words) == 0
+    plain = lying(kit / "figures" / "smoke")
+    capfd.readouterr()
+    assert main([*words, "-p", "count=4", "--only", "01"]) == 0
+    folder = kit / "figures" / "runs" / "smoke-count-4"
+    shown = capfd.readouterr()
+    assert f"count=4: results of 01_growth go to {folder}\n" in shown.err and f"see {folder}" in shown.out
+    assert json.loads((folder / "verdicts.json").read_text()) == {"changed": {"count": 4}, "claims": [], "figures": []}
+    assert json.loads((folder / "run.json").read_text())["changed"] == {"count": 4}
+    (chapter,) = [e for e in json.loads((folder / "provenance.json").read_text()).values() if e["kind"] == "chapter"]
+    assert chapter["changed"] == {"count": 4} and chapter["given"] == {"profile": "smoke", "count": 4}
+    assert not (folder / "02_more.png").exists()
+
+    assert main([*words, "--seeds", "1", "2"]) == 0
+    assert (kit / "figures" / "runs" / "smoke-seeds-1-2" / "02_more.png").exists()
+    assert main([*words, "--without-real-text"]) == 0
+    assert (kit / "figures" / "runs" / "smoke-real_text-False" / "02_more.png").exists()
+    assert lying(kit / "figures" / "smoke") == plain
+    # What a chapter or profile says anyway is no change.
+    monkeypatch.setenv(cli.NO_TEXT, "0")
+    capfd.readouterr()
+    assert main([*words, "--seeds", "0", "-p", "count=3", "-p", "scale=2"]) == 0
+    assert "0 made, 6 from the cache" in capfd.readouterr().out and lying(kit / "figures" / "smoke") == plain
+
+
+def test_claims_that_no_run_wrote_are_not_published_again(kit, capfd):
+    claims = "import json\nfrom pathlib import Path\nfolder = Path(os.environ['INFLUENCE_KIT_FIGURES'], 'claims')\nfolder.mkdir()\n"
+    for chapter in CHAPTERS:
+        kept = f"size = (folder / '{chapter}.json').write_text('[]')"
+        write_notebook(kit / "notebooks", chapter, "import os", claims + kept)
+    words = ["run", "--profile", "smoke", "--jobs", "2"]
+    assert main(words) == 0
+    path = kit / "figures" / "smoke" / "claims" / "02_more.json"
+    path.write_text("[ ]")
+    before = calls()
+    capfd.readouterr()
+    assert main([*words, "--only", "01", "--force", "number"]) == 2
+    assert f"error: {path} is not what its run wrote: run that chapter again (--only 02_more)" in capfd.readouterr().err
+    assert calls() == before
+    assert main([*words, "--only", "02"]) == 0 and path.read_text() == "[]"
+    assert main([*words, "--only", "01"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("place", "harm", "told"),
+    [
+        ("figures", lambda path: path.write_text(""), "figures is a file where a folder should be: move it away"),
+        (
+            "figures/smoke/provenance.json",
+            lambda path: path.write_text('{"a": {'),
+            "provenance.json is not readable JSON",
+        ),
+        (
+            "figures/smoke/provenance.json",
+            lambda path: path.write_text('{"a": {}}'),
+            "holds an entry without its parts",
+        ),
+        (
+            "figures/smoke/provenance.json",
+            lambda path: path.write_text("[]"),
+            "provenance.json holds list, not an object",
+        ),
+        ("figures/smoke/provenance.json", Path.mkdir, "provenance.json is not readable JSON"),
+    ],
+)
+def test_a_damaged_figures_folder_is_said_before_any_work(kit, capfd, place, harm, told):
+    (kit / place).parent.mkdir(parents=True, exist_ok=True)
+    harm(kit / place)
+    assert main(["run", "--profile", "smoke"]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and told in lines[0] and calls() == []
+
+
+def test_lab_opens_a_chapter_with_this_environment(kit, monkeypatch, tmp_path):
+    told = []
+    monkeypatch.setattr("influence_kit.publishing.lab.notebooks_folder", lambda: kit / "notebooks")
+    monkeypatch.setattr(os, "execv", lambda program, words: told.append([program, *words]))
+    before = dict(os.environ)
+    try:
+        assert main(["lab", "02", "--no-browser"]) == 0
+        assert os.environ["JUPYTER_PATH"] == str(tmp_path / "lab") and os.environ["INFLUENCE_KIT_CWD"] == os.getcwd()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    words = told[0]
+    assert words[0] == words[1] == sys.executable and words[2:4] == ["-m", "jupyterlab"]
+    assert words[-1] == str(kit / "notebooks" / "02_more.ipynb") and "--no-browser" in words
+    assert f"--ServerApp.root_dir={kit}" in words
+    assert main(["lab", "07"]) == 2
 
 
 def test_ctrl_c_ends_with_130_and_leaves_no_process(kit, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from dataclasses import asdict
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from influence_kit.errors import UserError
 from influence_kit.findings import families
-from influence_kit.findings.profiles import load_profile
+from influence_kit.findings.profiles import changed_from, load_profile
 from influence_kit.findings.trained import Trained
 from influence_kit.runner.fingerprint import versions
 from influence_kit.runner.machine import repository
@@ -36,9 +37,10 @@ class Chapter:
         # transformers asks for widgets that no executed notebook can keep.
         warnings.filterwarnings("ignore", message="IProgress not found")
         self.name = name
-        self.profile = load_profile(
-            profile, seeds, real_text and os.environ.get("INFLUENCE_KIT_WITHOUT_REAL_TEXT") != "1"
-        )
+        real_text = real_text and os.environ.get("INFLUENCE_KIT_WITHOUT_REAL_TEXT") != "1"
+        self.profile = load_profile(profile, seeds, real_text)
+        told = os.environ.get("INFLUENCE_KIT_CHANGED")  # by a run, which knows the notebook's parameters too
+        self.changed = json.loads(told) if told else changed_from(profile, seeds, real_text)
         chosen = os.environ.get("INFLUENCE_KIT_FIGURES")
         self.folder = Path(chosen) if chosen else (repository() or Path.cwd()) / "figures" / "scratch"
         self.claims: list[Claim] = []
@@ -75,7 +77,8 @@ class Chapter:
 
     @property
     def provenance(self) -> dict:
-        """What every figure and table carries: profile, seeds, versions, fingerprints of the stages behind it; no clock."""
+        """What every figure and table carries: profile, seeds, what was changed of the profile's plain run, versions, fingerprints
+        of the stages behind it; no clock."""
         from influence_kit import __version__
 
         about: dict[str, object] = {
@@ -85,6 +88,8 @@ class Chapter:
             "seeds": list(self.profile.seeds),
         }
         about["versions"] = versions(("torch", "transformers", "numpy", "matplotlib"))
+        if self.changed:
+            about["changed"] = self.changed
         return about | {"stages": sorted(fingerprint[:16] for fingerprint in self._stages)}
 
     def figure(self, fig: Figure, name: str, table: pandas.DataFrame, alt: str) -> SavedFigure:
@@ -111,7 +116,15 @@ class Chapter:
         """Judge an estimate by a rule fixed beforehand (`confirm_above`, `confirm_below`, …) and keep the verdict."""
         from influence_kit.measures.claims import Claim
 
-        about = {"id": id, "chapter": self.name, "claim": claim, "paper": paper, "unit": unit, "kind": kind, "gates": gates}
+        about = {
+            "id": id,
+            "chapter": self.name,
+            "claim": claim,
+            "paper": paper,
+            "unit": unit,
+            "kind": kind,
+            "gates": gates,
+        }
         return self._keep(Claim.from_estimate(estimate, **about, **rule))
 
     def refereed(self, id: str, method: str, by: Claim) -> Claim:
@@ -130,7 +143,9 @@ class Chapter:
         else:
             self.claims.append(made)
         (self.folder / "claims").mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "claims" / f"{self.name}.json", [asdict(one) for one in self.claims])
+        rows = [asdict(one) for one in self.claims]
+        content = {"changed": self.changed, "claims": rows} if self.changed else rows
+        write_json(self.folder / "claims" / f"{self.name}.json", content)
         return made
 
     def referees(self):

@@ -53,6 +53,7 @@ PLANTED: dict[str, type] = {
     "procedures": Procedures,
     "little_atlas": Atlas,
 }
+REAL_TEXT = ("text", "little_text", "dialogue")  # sections that read what has to be downloaded
 # What an arm's `without` can take away, and from which world: functions of `common`.
 REMOVALS: dict[str, type] = {"translations": Atlas, "copies": Atlas, "procedure": Procedures, "names": Procedures}
 LARGEST_SEED = 2**32 - 1  # that every generator of random numbers takes
@@ -503,7 +504,18 @@ def load_profile(name: str, seeds: Sequence[int] | None = None, real_text: bool 
         raise UserError(f"profile {path.name}: " + "; ".join(told[:3]) + more) from error
     if seeds is not None:
         profile = profile.model_copy(update={"seeds": _seeds(seeds)})
-    return profile if real_text else profile.model_copy(update={"text": None, "little_text": None, "dialogue": None})
+    return profile if real_text else profile.model_copy(update=dict.fromkeys(REAL_TEXT))
+
+
+def changed_from(name: str, seeds: Sequence[int] | None = None, real_text: bool = True) -> dict[str, Any]:
+    """What a run changes of the profiles that ship, by the same arguments as `load_profile`; empty: nothing."""
+    file, plain = profile_file(name), load_profile(name)
+    changed: dict[str, Any] = {} if ships(file) else {"profile": file.name}
+    if seeds is not None and tuple(seeds) != plain.seeds:
+        changed["seeds"] = list(seeds)
+    if not real_text and any(getattr(plain, section) for section in REAL_TEXT):
+        changed["real_text"] = False
+    return changed
 
 
 def _seeds(seeds: Sequence[int]) -> tuple[int, ...]:

@@ -272,8 +272,9 @@ def write_json(path: Path | str, content: Any) -> None:
     write_whole(path, text + "\n")
 
 
-def write_verdicts(path: Path | str, claims: Iterable[Claim], figures: Iterable[dict] = ()) -> None:
-    """Write `{"claims": [...], "figures": [{"name", "status", ...}]}`, sorted by chapter and id, and by name.
+def write_verdicts(path: Path | str, claims: Iterable[Claim], figures: Iterable[dict] = (), **about: Any) -> None:
+    """Write `{"claims": [...], "figures": [{"name", "status", ...}]}`, sorted by chapter and id, and by name, and what is given
+    `about` the run beside them.
 
     Raises:
         UserError: two claims share an id, or a figure's status is unknown.
@@ -284,7 +285,7 @@ def write_verdicts(path: Path | str, claims: Iterable[Claim], figures: Iterable[
             raise UserError(
                 f"Figure {figure['name']!r} has status {status!r}; use one of {', '.join(FIGURE_STATUSES)}."
             )
-    write_json(path, {"claims": [asdict(claim) for claim in merge(claims)], "figures": figures})
+    write_json(path, {"claims": [asdict(claim) for claim in merge(claims)], "figures": figures, **about})
 
 
 def read_verdicts(path: Path | str) -> tuple[list[Claim], list[dict]]:

@@ -12,11 +12,12 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from influence_kit.errors import UserError
+from influence_kit.files import sha256, working_folder, write_whole
 from influence_kit.runner.fingerprint import cells_digest
 from influence_kit.runner.machine import cache_root, repository
 from influence_kit.runner.stages import Progress, Stage
@@ -27,6 +28,8 @@ LIBRARIES = (
     "ipykernel", "matplotlib", "nbclient", "numpy", "pandas", "papermill", "powerlaw", "pyarrow", "scikit-learn",
     "scipy", "seaborn", "tokenizers", "torch", "transformers",
 )  # fmt: skip
+# What a run says for all chapters at once, and plans by.
+OPTIONS = {"profile": "--profile", "seeds": "--seeds", "real_text": "--without-real-text"}
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 TYPES = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "list": (list,), "tuple": (list,),
          "dict": (dict,), "None": (type(None),)}  # fmt: skip
@@ -73,29 +76,43 @@ def known_parameters(path: Path) -> dict[str, dict]:
 
 
 def chosen_parameters(paths: Iterable[Path], given: Mapping[str, str], always: Mapping[str, object]) -> dict[str, dict]:
-    """Parameters for each chapter (by stem): `given` as typed at the command line, `always` where a chapter knows them.
+    """Parameters for each chapter: what it knows of what is given, and is not its default.
 
-    Raises UserError, before any work, for a name that none of the chapters knows or a value that is not of its type.
+    Args:
+        paths: Of the chapters.
+        given: As typed at the command line.
+        always: With their values.
+
+    Returns:
+        By stem: name -> value.
+
+    Raises:
+        UserError: Before any work, a name that none of the chapters knows or a value that is not of its type; what an option
+            of the command line says for all chapters at once.
     """
     known = {path.stem: known_parameters(path) for path in paths}
     for name in given:
+        if name in OPTIONS:
+            raise UserError(f"-p {name}=… would change the chapter and not what is made for it: use {OPTIONS[name]}")
         if not any(name in parameters for parameters in known.values()):
             listed = "; ".join(f"{chapter}: {', '.join(parameters) or 'none'}" for chapter, parameters in known.items())
             raise UserError(f"unknown parameter {name!r}; known are {listed}")
     chosen = {}
     for chapter, parameters in known.items():
         values = {name: value for name, value in always.items() if name in parameters}
-        values |= {name: _value(chapter, parameters[name], text) for name, text in given.items() if name in parameters}
-        chosen[chapter] = values
+        typed = {name: _value(chapter, parameters[name], text) for name, text in given.items() if name in parameters}
+        defaults = {name: _literal(parameters[name]["default"]) for name in typed}
+        chosen[chapter] = values | {name: value for name, value in typed.items() if value != defaults[name]}
     return chosen
 
 
 def _literal(text: str) -> object:
+    """Typed text as the value that it writes, where JSON can hold that; else the text itself."""
     try:
         value = ast.literal_eval({"true": "True", "false": "False", "null": "None"}.get(text, text))
-    except (ValueError, SyntaxError):
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return text
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _value(chapter: str, parameter: Mapping[str, str], text: str) -> object:
@@ -118,17 +135,32 @@ def _value(chapter: str, parameter: Mapping[str, str], text: str) -> object:
     )
 
 
-def chapter_stage(path: Path, given: Mapping[str, object], profile: Mapping, stages: Iterable[Stage]) -> Stage:
+def chapter_stage(
+    path: Path,
+    given: Mapping[str, object],
+    profile: Mapping,
+    stages: Iterable[Stage],
+    changed: Mapping[str, object] | None = None,
+) -> Stage:
     """The stage that executes a notebook.
 
-    It depends on the notebook's cells, the code that they can reach, its parameters, the profile's content and the stages that
-    the chapter reads.
+    It depends on the notebook's cells, the code that they can reach, its parameters (what files of the user's hold, not where
+    they lie), the profile's content and the stages that the chapter reads.
+
+    Args:
+        path: The notebook.
+        given: Its parameters, but for those at their default.
+        profile: The profile's content.
+        stages: What the chapter reads.
+        changed: What its claims and figures say was changed of the plain run.
     """
     cells = read_cells(path)
     try:
         code = cells_digest(source for kind, source, _ in cells if kind == "code")
     except SyntaxError as error:
-        raise UserError(f"{path}: its code cells are not plain Python ({error.msg}: {(error.text or '').strip()!r})") from error
+        raise UserError(
+            f"{path}: its code cells are not plain Python ({error.msg}: {(error.text or '').strip()!r})"
+        ) from error
     return Stage(
         kind="chapter",
         function=execute,
@@ -139,11 +171,22 @@ def chapter_stage(path: Path, given: Mapping[str, object], profile: Mapping, sta
             "given": dict(given),
             "profile": dict(profile),
             "code": code,
+            "changed": dict(changed or {}),
+            "own": {name: _content(str(given[name])) for name in ("model", "texts") if given.get(name)},
         },
         inputs={stage.fingerprint[:16]: stage for stage in stages},
         label=path.stem,
         libraries=LIBRARIES,
     )
+
+
+def _content(name: str) -> list[list[str]] | str:
+    """Hashes of a file or folder of the user's own, [file, sha256] each; a name on the hub stands for itself."""
+    place = working_folder() / Path(name).expanduser()
+    if not place.exists():
+        return name
+    files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
+    return [[path.relative_to(place.parent).as_posix(), sha256(path)] for path in files]
 
 
 def execute(parameters: dict, inputs: Mapping[str, Path], out: Path, progress: Progress) -> None:
@@ -165,7 +208,7 @@ def execute(parameters: dict, inputs: Mapping[str, Path], out: Path, progress: P
         notebook.cells.append(cell)
     total = len(notebook.cells) + 1
     try:
-        with _kernel(out):
+        with _kernel(out, parameters["changed"]):
             executed = papermill.execute_notebook(
                 notebook,
                 str(failed),
@@ -214,30 +257,39 @@ def _cell_error(error, executed: Path) -> Exception:
     return RuntimeError(f"cell {error.exec_count} (`{next(code, '').strip()}`): {error.ename}: {last}; see {executed}")
 
 
+def kernel_settings(folder: Path, options: Sequence[str] = ()) -> dict[str, str]:
+    """Write into `folder` a kernel called "python3" that is this environment's Python, with the package and its cache; the
+    environment variables that let Jupyter find it there before any other, and the package find the cache."""
+    kernel = folder / "kernels" / "python3"
+    kernel.mkdir(parents=True, exist_ok=True)
+    launch = [sys.executable, "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}", *options]
+    write_whole(kernel / "kernel.json", json.dumps({"argv": launch, "display_name": "Python 3", "language": "python"}))
+    package = Path(__file__).resolve().parents[2]
+    return {
+        "JUPYTER_PATH": str(folder),
+        "INFLUENCE_KIT_CACHE": str(cache_root()),
+        "PYTHONHASHSEED": "0",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH", "")])),
+    }
+
+
 @contextmanager
-def _kernel(out: Path) -> Iterator[None]:
-    """Make "python3" mean this environment's Python, with nobody's startup files, and quiet.
+def _kernel(out: Path, changed: Mapping[str, object]) -> Iterator[None]:
+    """Make "python3" mean this environment's Python, with nobody's startup files, quiet, and told where and what it runs for.
 
     A kernel of that name in the user's folder may well belong to another environment. Output below Python's level is
     left alone, so that progress bars for the terminal stay out of the executed copy; the log level hides the warning
     that local sockets are not encrypted.
     """
-    package = Path(__file__).resolve().parents[2]
     with tempfile.TemporaryDirectory(prefix="influence_kit_") as scratch:
-        kernel = Path(scratch, "kernels", "python3")
-        kernel.mkdir(parents=True)
-        launch = [sys.executable, "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         options = ["--log-level=ERROR", "--IPKernelApp.capture_fd_output=False", "--HistoryManager.enabled=False"]
-        content = {"argv": launch + options, "display_name": "Python 3", "language": "python"}
-        (kernel / "kernel.json").write_text(json.dumps(content))
-        settings = {
-            "JUPYTER_PATH": scratch,
+        settings = kernel_settings(Path(scratch), options) | {
             "JUPYTER_RUNTIME_DIR": f"{scratch}/runtime",
             "IPYTHONDIR": f"{scratch}/ipython",
             "INFLUENCE_KIT_FIGURES": str(out),
-            "INFLUENCE_KIT_CACHE": str(cache_root()),
-            "PYTHONHASHSEED": "0",
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH", "")])),
+            "INFLUENCE_KIT_CWD": str(working_folder()),  # the kernel stands at the root
+            "INFLUENCE_KIT_CHANGED": json.dumps(changed),
+            "INFLUENCE_KIT_QUIET": "1",
         }
         before = {name: os.environ.get(name) for name in settings}
         os.environ.update(settings)

@@ -1,6 +1,6 @@
 """The parts of README.md that a run writes: verdicts, figures, times.
 
-    python -m influence_kit.publishing.readme [--profile laptop] [--other-seeds figures/of-a-run-with-other-seeds]
+python -m influence_kit.publishing.readme [--profile laptop] [--other-seeds figures/of-a-run-with-other-seeds]
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from influence_kit.errors import UserError
 from influence_kit.measures.claims import STATUSES, Claim, merge, read_verdicts
 from influence_kit.publishing.results import claims_of, keep_other_seeds, publish
 from influence_kit.reading.verdicts import verdict_table_markdown
+from influence_kit.runner.live import clock
 from influence_kit.runner.machine import repository
-from influence_kit.runner.scheduler import clock
 
 WHAT = {
     "text": "fetch and cut real text",
@@ -43,7 +43,10 @@ def verdicts(folder: Path) -> str:
         counts[figure["status"]] += 1
     told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
     every = sum(len(claims) for claims in made.values())
-    return "\n".join(rows) + f"\n\nAll {every} claims, gates and controls: [the table](figures/{folder.name}/verdicts.md). Figures: {told}.\n"
+    return (
+        "\n".join(rows)
+        + f"\n\nAll {every} claims, gates and controls: [the table](figures/{folder.name}/verdicts.md). Figures: {told}.\n"
+    )
 
 
 def every_claim(folder: Path) -> str:
@@ -105,7 +108,9 @@ def main() -> None:
     """Rewrite README.md from `figures/<profile>/`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", default="laptop")
-    parser.add_argument("--other-seeds", type=Path, metavar="FIGURES", help="keep what a run of other seeds says of the same claims")
+    parser.add_argument(
+        "--other-seeds", type=Path, metavar="FIGURES", help="keep what a run of other seeds says of the same claims"
+    )
     asked = parser.parse_args()
     profile = asked.profile
     root = repository() or Path.cwd()

@@ -4,13 +4,14 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from influence_kit.errors import UserError
+from influence_kit.errors import UserError, first_line
 from influence_kit.files import sha256, whole
+from influence_kit.publishing.runs import check_claims, read_object, read_provenance
 from influence_kit.runner.stages import Stage, record
 
 if TYPE_CHECKING:
@@ -19,33 +20,42 @@ if TYPE_CHECKING:
 OTHER_SEEDS = "other_seeds.json"  # what a run of other seeds says of the same claims
 
 
-def publish(folder: Path, chapters: Sequence[Stage], update_expected: bool = False) -> tuple[list["Claim"], list[dict]]:
+def publish(
+    folder: Path,
+    chapters: Sequence[Stage],
+    update_expected: bool = False,
+    expected: Path | None = None,
+    changed: Mapping[str, object] | None = None,
+) -> tuple[list["Claim"], list[dict]]:
     """Bring executed chapters into `folder` and write provenance.json and verdicts.json over all that lie there.
 
-    Each file appears whole or not at all; files that a chapter no longer makes go; other chapters' files and claims
-    stay. `update_expected` makes the figures' present tables what later runs are compared with.
-    Returns the claims and the figures ({name, status, differing columns if any}).
+    Each file appears whole or not at all; files that a chapter no longer makes go; other chapters' files and claims stay.
+
+    Args:
+        folder: Where to.
+        chapters: Stages that are made.
+        update_expected: Make the figures' present tables what later runs are compared with.
+        expected: The file of what tables are compared with; the folder's own by default.
+        changed: What the run changed of its profile, kept in verdicts.json.
+
+    Returns:
+        The claims, and the figures ({name, status, differing columns if any}).
+
+    Raises:
+        UserError: Claims of other chapters are not what their run wrote; a file that is read is cut or damaged.
     """
     from influence_kit.measures.claims import write_json, write_verdicts
 
+    check_claims(folder, [chapter.label for chapter in chapters])
     folder.mkdir(parents=True, exist_ok=True)
-    known = _read(folder / "provenance.json", {})
+    known = read_provenance(folder)
     for chapter in chapters:
         _bring(chapter, folder, known)
     write_json(folder / "provenance.json", known)
-    figures = _judge_figures(folder, update_expected)
+    figures = _judge_figures(folder, update_expected, expected or folder / "expected.json")
     claims = [claim for made in claims_of(folder).values() for claim in made]
-    write_verdicts(folder / "verdicts.json", claims, figures)
+    write_verdicts(folder / "verdicts.json", claims, figures, **({"changed": dict(changed)} if changed else {}))
     return claims, figures
-
-
-def _read(path: Path, default: dict) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return default
-    except ValueError as error:
-        raise UserError(f"{path} is not readable JSON ({error}): mend or delete it") from error
 
 
 def _bring(chapter: Stage, folder: Path, known: dict) -> None:
@@ -65,8 +75,9 @@ def _bring(chapter: Stage, folder: Path, known: dict) -> None:
         if (stage.folder / "stage.json").is_file():
             known[stage.fingerprint] = _entry(record(stage))
     known[chapter.fingerprint] = _entry(content) | {
-        "files": sorted(content["files"]),
+        "files": {name: listed["sha256"] for name, listed in content["files"].items()},
         "given": content["parameters"]["given"],
+        "changed": content["parameters"]["changed"],
         "stages": sorted(key for key in below if key in known),
     }
     wanted = {key for entry in known.values() for key in entry.get("stages", [])}
@@ -85,24 +96,30 @@ def _entry(content: dict) -> dict:
     return {name: content[name] for name in ("kind", "label", "versions")} | content["made"]
 
 
-def _judge_figures(folder: Path, update_expected: bool) -> list[dict]:
+def _judge_figures(folder: Path, update_expected: bool, path: Path) -> list[dict]:
     """Every figure with a table behind it: reproduced, differs (with the columns), or new (no expectation yet)."""
     import pandas
 
     from influence_kit.measures.claims import write_json
     from influence_kit.publishing.expected import compare, expectation, summarise_table
 
-    path = folder / "expected.json"
-    expected = _read(path, {})
-    tables = {file.name.removesuffix(".parquet"): file for file in sorted(folder.glob("*.parquet"))}
-    summaries = {name: summarise_table(pandas.read_parquet(file)) for name, file in tables.items()}
+    expected = read_object(path)
+    summaries = {}
+    for file in sorted(folder.glob("*.parquet")):
+        try:
+            summaries[file.name.removesuffix(".parquet")] = summarise_table(pandas.read_parquet(file))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} cannot be read ({first_line(error)}): delete it, run its chapter again") from error
     if update_expected:
         expected = {name: expectation(summary) for name, summary in summaries.items()}
         write_json(path, expected)
-        expected = _read(path, {})
+        expected = read_object(path)
     figures = []
     for name, summary in summaries.items():
-        status, differing = compare(summary, expected.get(name))
+        try:
+            status, differing = compare(summary, expected.get(name))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} says nothing to compare {name} with ({error}): mend or delete it") from error
         figures.append({"name": name, "status": status} | ({"differing": differing} if differing else {}))
     return figures
 
@@ -111,10 +128,13 @@ def read_claims(path: Path) -> list["Claim"]:
     """A chapter's claims: a JSON list of rows, or an object that holds them as `claims`. Raises UserError otherwise."""
     from influence_kit.measures.claims import claim_of
 
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is cut or damaged ({first_line(error)}): delete it, run its chapter again") from error
     try:
         return [claim_of(row) for row in (content["claims"] if isinstance(content, dict) else content)]
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(
             f"{path} holds a claim without its parts ({error}): delete it and run its chapter again"
         ) from error
@@ -122,7 +142,7 @@ def read_claims(path: Path) -> list["Claim"]:
 
 def claims_of(folder: Path) -> dict[str, list["Claim"]]:
     """The claims of a run by chapter; a confirmed one that `other_seeds.json` does not confirm is fragile, and its reason says why."""
-    others = _read(folder / OTHER_SEEDS, {})
+    others = read_object(folder / OTHER_SEEDS)
     paths = sorted(folder.glob("claims/*.json"))
     return {path.stem: [_beside(claim, others.get(claim.id)) for claim in read_claims(path)] for path in paths}
 
@@ -151,14 +171,16 @@ def keep_other_seeds(folder: Path, run: Path) -> tuple[int, int]:
     if not there:
         raise UserError(f"{run} has no claim of those in {folder}: give the figures of a run with other --seeds")
     if same := [claim.id for claim in there if claim.seeds and set(claim.seeds) & set(here[claim.id].seeds)]:
-        raise UserError(f"{run} has seeds of {folder} ({same[0]}, seeds {here[same[0]].seeds}): run it with other --seeds")
+        raise UserError(
+            f"{run} has seeds of {folder} ({same[0]}, seeds {here[same[0]].seeds}): run it with other --seeds"
+        )
     # A claim without a number on those seeds says nothing, and JSON has no nan.
     rows = {
         claim.id: {"measured": claim.measured, "interval": claim.interval, "status": claim.status, "seeds": claim.seeds}
         for claim in there
         if math.isfinite(claim.measured)
     }
-    write_json(folder / OTHER_SEEDS, _read(folder / OTHER_SEEDS, {}) | rows)
+    write_json(folder / OTHER_SEEDS, read_object(folder / OTHER_SEEDS) | rows)
     both = [claim for claim in there if here[claim.id].status == "confirmed"]
     return len(both), sum(claim.status == "confirmed" for claim in both)
 

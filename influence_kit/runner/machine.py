@@ -75,20 +75,29 @@ def free_memory() -> int:
 
 
 def storage_problem(error: BaseException | None, name: str) -> str:
-    """One line with the remedy when an error comes from a full or unwritable cache folder, else ""; name: of the stage."""
+    """One line with the remedy when an error comes from a full, unwritable or misused cache folder, else ""; name: of the stage."""
     folder = cache_root()
     while error is not None:
         code, text = getattr(error, "errno", None), str(error).lower()
+        where = getattr(error, "filename", None)
+        where = where if isinstance(where, str) else ""
+        ours = not where or where.startswith(str(folder))
         # Libraries that write by themselves tell it in words alone.
         if code in (errno.ENOSPC, errno.EDQUOT) or "no space left" in text or "os error 28" in text:
+            full, remedy = (folder, " or set INFLUENCE_KIT_CACHE to a folder on a larger disk")
+            if not ours:
+                full, remedy = Path(where).parent, ""
             return (
-                f"no space left in {folder} ({free_disk(folder) / 1e9:.1f} GB free) while making {name}: free some "
-                "there or set INFLUENCE_KIT_CACHE to a folder on a larger disk, then run again (finished stages are kept)"
+                f"no space left in {full} ({free_disk(full) / 1e9:.1f} GB free) while making {name}: free some there{remedy}, "
+                "then run again (finished stages are kept)"
             )
-        where = str(getattr(error, "filename", None) or "")
-        unwritable = code in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR)
-        if unwritable and where.startswith(str(folder)):
-            return f"cannot write to {where}: make it writable or set INFLUENCE_KIT_CACHE to a folder that is"
+        if where and ours and code in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+            return f"{where} is in the way of {name} ({os.strerror(code)}): move it away, then run again"
+        if where and ours and code in (errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO):
+            return (
+                f"cannot write to {where} ({os.strerror(code)}) while making {name}: mend that or set INFLUENCE_KIT_CACHE to a "
+                "folder that can be written, then run again (finished stages are kept)"
+            )
         error = error.__cause__ or error.__context__
     return ""
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from influence_kit.errors import UserError
 from influence_kit.files import free_disk
+from influence_kit.runner.live import clock
 from influence_kit.runner.machine import cache_root, cores, total_memory
-from influence_kit.runner.scheduler import chain_seconds, clock, needed
+from influence_kit.runner.scheduler import chain_seconds, needed
 from influence_kit.runner.stages import Cost, Stage
 
 # Files other than stages' own (logs, checkpoints of unfinished stages) and estimates that fall short.

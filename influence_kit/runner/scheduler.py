@@ -13,6 +13,7 @@ from multiprocessing.context import SpawnProcess
 from typing import TextIO
 
 from influence_kit.errors import UserError
+from influence_kit.runner.live import clock
 from influence_kit.runner.machine import cores, free_memory, say
 from influence_kit.runner.stages import Cost, Stage, is_made
 from influence_kit.runner.workers import Report, work
@@ -263,10 +264,3 @@ class _Run:
             if worker.process.is_alive():
                 worker.process.kill()
             worker.connection.close()
-
-
-def clock(seconds: float) -> str:
-    """0:07, 12:05, 1:02:03."""
-    whole = round(seconds)
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"

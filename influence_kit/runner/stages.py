@@ -9,29 +9,22 @@ import fcntl
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 from influence_kit.errors import UserError
 from influence_kit.files import sha256
 from influence_kit.runner.fingerprint import digest, name_of, source_digest, versions
+from influence_kit.runner.live import Progress, live
 from influence_kit.runner.machine import cache_root, circumstances, reset_peak_memory, say, storage_problem, threads
 
 FORMAT = 1
 RESUME = "resume"
 LIBRARIES = ("numpy", "tokenizers", "torch", "transformers")
-
-
-class Progress(Protocol):
-    """How a stage's function reports how far it is; `done` and `total` in any unit, `note` for people."""
-
-    def __call__(self, done: float, total: float, note: str = "") -> None: ...
 
 
 @dataclass(frozen=True)
@@ -159,24 +152,15 @@ def record(stage: Stage) -> dict:
 def ensure(stage: Stage, force: bool = False, verify: bool = False) -> Path:
     """The folder of a stage, made first if need be (its inputs too), in this process.
 
-    Prints one line to the terminal when there was work to do. `force` makes the stage (not its inputs) again.
+    Shows how far it is, and prints one line to the terminal when there was work to do. `force` makes the stage (not its inputs) again.
     Raises UserError when the cache folder cannot be written or is full; whatever the stage's function raises.
     """
     if not force and is_made(stage, verify):
         return stage.folder
     for below in stage.inputs.values():
         ensure(below, verify=verify)
-    from tqdm import tqdm
-
-    # To the terminal itself: a bar inside an executed notebook is noise that differs between runs.
-    with tqdm(desc=stage.name, file=sys.__stderr__, disable=None, leave=False, unit_scale=True) as bar:
-
-        def progress(done: float, total: float, note: str = "") -> None:
-            bar.total = total
-            bar.set_postfix_str(note, refresh=False)
-            bar.update(done - bar.n)
-
-        started = time.monotonic()
+    started = time.monotonic()
+    with live(stage.name) as progress:
         folder = make(stage, progress, force=force)
     say(f"made {stage.name} in {time.monotonic() - started:.1f} s")
     return folder
@@ -200,8 +184,8 @@ def make(stage: Stage, progress: Progress, force: bool = False) -> Path:
 
 def _run(stage: Stage, progress: Progress, force: bool) -> None:
     part = stage.beside(".part")
-    if force:
-        shutil.rmtree(part, ignore_errors=True)
+    if force or (part.exists() and not part.is_dir()):
+        _remove(part)
     resumed = part.is_dir() and any(part.iterdir())
     part.mkdir(exist_ok=True)
     inputs = {key: below.folder for key, below in stage.inputs.items()}
@@ -249,13 +233,20 @@ def _seal(stage: Stage, part: Path, made: dict) -> None:
     for path in [*part.rglob("*"), part]:
         _sync(path)
     old = stage.beside(".old")
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
     if stage.folder.exists():
         stage.folder.rename(old)
     part.rename(stage.folder)
     _sync(stage.folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
     _remember(stage.beside(".seen"), {name: _stamp(stage.folder / name) for name in files})
+
+
+def _remove(path: Path) -> None:
+    """What a killed run or somebody's hand left in a stage's place, a file or a folder."""
+    shutil.rmtree(path, ignore_errors=True)
+    if path.exists() or path.is_symlink():
+        path.unlink()
 
 
 def _sync(path: Path) -> None:

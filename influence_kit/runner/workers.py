@@ -9,14 +9,14 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
 from influence_kit.errors import UserError
-from influence_kit.runner.machine import THREAD_VARIABLES
+from influence_kit.runner.machine import THREAD_VARIABLES, storage_problem
 from influence_kit.runner.stages import Progress, Stage, make
 
 PR_SET_PDEATHSIG = 1
@@ -86,14 +86,18 @@ def _attempt(stage: Stage, force: bool, progress: Progress) -> Report:
             try:
                 make(stage, progress, force=force)
             except Exception:
-                traceback.print_exc()
+                with suppress(OSError):  # on a full disk the log may be what cannot be written
+                    traceback.print_exc()
                 raise
     except UserError as error:
         return Report("user", text=str(error))
     except Exception as error:
+        if remedy := storage_problem(error, stage.name):
+            return Report("user", text=remedy)
         line = f"{type(error).__name__}: {([*filter(None, map(str.strip, str(error).splitlines()))] or [''])[-1]}"
         return Report("memory" if is_memory(error) else "failed", text=line)
-    log.unlink(missing_ok=True)
+    with suppress(OSError):
+        log.unlink(missing_ok=True)
     return Report("made")
 
 
@@ -119,5 +123,6 @@ def _written_to(log: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError):
+                    stream.flush()

@@ -36,7 +36,10 @@ def test_rows_columns_and_spread_count_as_differences():
     summary = reproduction.summarise_table(table())
     expected = reproduction.expectation(summary)
     assert reproduction.compare(summary | {"rows": 199}, expected) == ("differs", ["rows"])
-    assert reproduction.compare(reproduction.summarise_table(table().drop(columns="hit")), expected) == ("differs", ["hit"])
+    assert reproduction.compare(reproduction.summarise_table(table().drop(columns="hit")), expected) == (
+        "differs",
+        ["hit"],
+    )
     flat = table().assign(lift=lambda t: t["lift"].mean())
     assert reproduction.compare(reproduction.summarise_table(flat), expected) == ("differs", ["lift"])
     gone = table().assign(lift=np.nan)

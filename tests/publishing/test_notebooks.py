@@ -1,23 +1,28 @@
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import nbformat
+import pandas
 import pytest
 
 from influence_kit.errors import UserError
 from influence_kit.publishing.notebooks import KERNEL, chapter_stage, chosen_parameters, normalise, read_cells, to_text
 from influence_kit.publishing.results import closing_screen, publish, read_claims
+from influence_kit.publishing.runs import Run
 from influence_kit.runner.scheduler import RunFailed
 from influence_kit.runner.stages import record
 from tests.runner.tiny_stages import run_stages, stage
 
 REPOSITORY = Path(__file__).parents[2]
 PARAMETERS = (
-    "profile: str = 'laptop'  # the profile\nseeds: list = [0, 1, 2]\nscale = 2.0  # of the noise\ncount: int = 3"
+    "profile: str = 'laptop'  # the profile\nseeds: list = [0, 1, 2]\nscale = 2.0  # of the noise\ncount: int = 3\n"
+    "sizes: list = [1]\nword: str = 'plain'"
 )
 CHAPTER = """
 import json, os, sys
@@ -145,9 +150,7 @@ def test_a_users_error_in_a_cell_ends_as_one(tmp_path):
 def test_a_dead_kernel_is_told_as_memory(tmp_path):
     failure = fails(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     assert failure.exit_code == 137
-    assert "stage 02_bad: MemoryError: the chapter's kernel died, usually out of memory; " in str(
-        failure
-    )
+    assert "stage 02_bad: MemoryError: the chapter's kernel died, usually out of memory; " in str(failure)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -187,14 +190,27 @@ def chapters(tmp_path):
 
 
 def test_parameters_are_typed_by_the_chapter_and_offered_where_it_knows_them(chapters):
-    given = {"count": "5", "scale": "3", "seeds": "4,5"}
+    given = {"count": "5", "scale": "3", "sizes": "4,5"}
     chosen = chosen_parameters(chapters, given, {"profile": "smoke", "unheard_of": 1})
-    assert chosen["01_growth"] == {"profile": "smoke", "count": 5, "scale": 3.0, "seeds": [4, 5]} == chosen["02_more"]
+    assert chosen["01_growth"] == {"profile": "smoke", "count": 5, "scale": 3.0, "sizes": [4, 5]} == chosen["02_more"]
     assert isinstance(chosen["01_growth"]["scale"], float)
-    assert chosen_parameters(chapters, {"profile": "7"}, {})["01_growth"] == {"profile": "7"}
+    assert chosen_parameters(chapters, {"word": "7"}, {})["01_growth"] == {"word": "7"}
 
 
-@pytest.mark.parametrize(("name", "text"), [("count", "many"), ("count", "1.5"), ("count", "true"), ("seeds", "7")])
+def test_what_a_chapter_has_by_default_is_no_change(chapters):
+    assert chosen_parameters(chapters, {"count": "3", "scale": "2", "word": "plain"}, {})["01_growth"] == {}
+
+
+@pytest.mark.parametrize("name", ["profile", "seeds", "real_text"])
+def test_what_options_say_for_all_chapters_is_no_parameter_of_one(chapters, name):
+    with pytest.raises(UserError, match=f"-p {name}=… would change the chapter and not what is made for it: use --"):
+        chosen_parameters(chapters, {name: "1"}, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("count", "many"), ("count", "1.5"), ("count", "true"), ("sizes", "7"), ("scale", "nan"), ("scale", "1e999")],
+)
 def test_a_value_of_another_type_is_refused(chapters, name, text):
     with pytest.raises(UserError, match=rf"parameter {name} of 01_growth takes .* not '{text}'"):
         chosen_parameters(chapters, {name: text}, {})
@@ -202,7 +218,7 @@ def test_a_value_of_another_type_is_refused(chapters, name, text):
 
 def test_an_unknown_parameter_is_refused_with_the_known_ones(chapters):
     with pytest.raises(
-        UserError, match="unknown parameter 'sede'; known are 01_growth: profile, seeds, scale, count; 02"
+        UserError, match="unknown parameter 'sede'; known are 01_growth: profile, seeds, scale, count, sizes, word; 02"
     ):
         chosen_parameters(chapters, {"sede": "1"}, {})
 
@@ -220,11 +236,32 @@ def test_a_chapter_depends_on_its_cells_parameters_profile_and_stages(tmp_path):
     one, two = stage("number", value=1), stage("number", value=2)
     prints = {chapter_stage(path, {}, {"steps": 1}, [one]).fingerprint for _ in range(2)}
     prints.add(chapter_stage(path, {"count": 1}, {"steps": 1}, [one]).fingerprint)
+    prints.add(chapter_stage(path, {}, {"steps": 1}, [one], {"seeds": [1]}).fingerprint)
     prints.add(chapter_stage(path, {}, {"steps": 2}, [one]).fingerprint)
     prints.add(chapter_stage(path, {}, {"steps": 1}, [two]).fingerprint)
     write_notebook(tmp_path, "01_growth", "2")
     prints.add(chapter_stage(path, {}, {"steps": 1}, [one]).fingerprint)
-    assert len(prints) == 5
+    assert len(prints) == 6
+
+
+def test_a_chapter_depends_on_what_files_of_the_users_hold_and_not_where_they_lie(tmp_path, monkeypatch):
+    path = write_notebook(tmp_path, "01_growth", "1")
+
+    def fingerprint(**own):
+        return chapter_stage(path, own, {}, []).fingerprint
+
+    for place in ("here", "there"):
+        (tmp_path / place / "texts").mkdir(parents=True)
+        (tmp_path / place / "texts" / "a.txt").write_text("a text")
+    monkeypatch.chdir(tmp_path / "here")
+    first = fingerprint(texts="texts")
+    monkeypatch.chdir(tmp_path / "there")
+    assert fingerprint(texts="texts") == first
+    status = (tmp_path / "there" / "texts" / "a.txt").stat()
+    (tmp_path / "there" / "texts" / "a.txt").write_text("b text")  # as long, and as old
+    os.utime(tmp_path / "there" / "texts" / "a.txt", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert fingerprint(texts="texts") != first
+    assert fingerprint(texts="texts", model="gpt2") != fingerprint(texts="texts", model="gpt3")  # on a hub
 
 
 # --- normalising and publishing
@@ -275,9 +312,57 @@ def test_publishing_again_touches_nothing(tmp_path):
 
 def test_a_claim_without_its_parts_is_refused(tmp_path):
     path = tmp_path / "01_one.json"
-    path.write_text(json.dumps([{"id": "x"}]))
-    with pytest.raises(UserError, match=r"01_one.json holds a claim without its parts"):
-        read_claims(path)
+    for content in ([{"id": "x"}], {"changed": {}}, [3], "claims", 7, {"claims": {"a": 1}}):
+        path.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=r"01_one.json holds a claim without its parts"):
+            read_claims(path)
+
+
+def test_a_damaged_file_of_figures_is_said_in_one_line(tmp_path):
+    figures, chapter = tmp_path / "figures", finished(tmp_path, "01_one", "a")
+    pandas.DataFrame({"x": [1.0]}).to_parquet(tmp_path / "a.parquet")
+    for name, content, told in [
+        ("claims/02_two.json", b'[{"id": ', "02_two.json is cut or damaged"),
+        ("claims/02_two.json", b"\xff\xfe", "02_two.json is cut or damaged"),
+        ("b.parquet", b"PAR1", "b.parquet cannot be read"),
+        ("expected.json", b"{", "expected.json is not readable JSON"),
+        ("expected.json", b'{"a": {"rows": 1}}', "expected.json says nothing to compare a with"),
+        ("other_seeds.json", b"[]", "other_seeds.json holds list, not an object"),
+    ]:
+        publish(figures, [chapter])
+        shutil.copy(tmp_path / "a.parquet", figures / "a.parquet")
+        (figures / name).write_bytes(content)
+        with pytest.raises(UserError, match=told) as caught:
+            publish(figures, [chapter])
+        assert "\n" not in str(caught.value)
+        shutil.rmtree(figures)
+
+
+def test_what_is_changed_stands_in_verdicts_and_tables_are_compared_with_the_plain_run(tmp_path):
+    figures, chapter = tmp_path / "figures", finished(tmp_path, "01_one", "a")
+    (tmp_path / "expected.json").write_text(json.dumps({"a": {"rows": 1, "columns": {}, "rtol": 0, "sd_share": 0}}))
+    publish(figures, [chapter])
+    pandas.DataFrame({"x": ["one"]}).to_parquet(figures / "a.parquet")
+    assert publish(figures, [chapter])[1] == [{"name": "a", "status": "new"}]
+    _, judged = publish(figures, [chapter], expected=tmp_path / "expected.json", changed={"top": 0.05})
+    assert judged == [{"name": "a", "status": "reproduced"}]
+    assert json.loads((figures / "verdicts.json").read_text())["changed"] == {"top": 0.05}
+
+
+def test_a_runs_folder_says_what_was_changed(tmp_path):
+    def folder(name="laptop", /, **changed):
+        return Run(tmp_path, name, changed).folder.relative_to(tmp_path / "figures").as_posix()
+
+    assert folder() == "laptop" and folder("mine", profile="mine.yaml") == "runs/mine"
+    assert folder(seeds=[101, 102]) == "runs/laptop-seeds-101-102"
+    assert folder(top=0.05, score="relatif") == "runs/laptop-score-relatif-top-0.05"
+    assert folder("mine", profile="mine.yaml", k=3) == "runs/mine-k-3"
+    ours, theirs = (folder(model=f"../{where}/pythia", prompt="Who’s there? " * 9) for where in ("ours", "theirs"))
+    assert ours != theirs and re.fullmatch(r"runs/laptop-model-[\w.-]{1,60}", ours)
+    assert (
+        Run(tmp_path, "mine", {"profile": "mine.yaml", "k": 3}).expected == tmp_path / "figures/runs/mine/expected.json"
+    )
+    assert Run(tmp_path, "laptop", {"k": 3}).expected == tmp_path / "figures/laptop/expected.json"
 
 
 def test_the_record_of_a_chapter_holds_no_path(tmp_path):
@@ -287,7 +372,14 @@ def test_the_record_of_a_chapter_holds_no_path(tmp_path):
 
 def other_run(folder, status, seeds=(101, 102, 103), measured=1.0, kind="claim"):
     """A folder of figures with one claim, called "grows", of other seeds."""
-    row = {"id": "grows", "chapter": "01_growth", "claim": "it grows", "paper": "–", "measured": measured, "interval": [0.1, 1.9]}
+    row = {
+        "id": "grows",
+        "chapter": "01_growth",
+        "claim": "it grows",
+        "paper": "–",
+        "measured": measured,
+        "interval": [0.1, 1.9],
+    }
     row |= {"status": status, "kind": kind, "seeds": list(seeds), "unit": "", "rule": "above 0"}
     (folder / "claims").mkdir(parents=True)
     (folder / "claims" / "01_growth.json").write_text(json.dumps([row]))

@@ -36,7 +36,11 @@ def test_time_alone_is_half_of_the_stages_and_the_chapter_itself():
     def entry(kind, label, seconds, **more):
         return {"kind": kind, "label": label, "wall_seconds": seconds, **more}
 
-    known = {"a": entry("model", "train x, seed 11", 60), "b": entry("model", "train x, seed 12", 100), "c": entry("text", "real text", 20)}
+    known = {
+        "a": entry("model", "train x, seed 11", 60),
+        "b": entry("model", "train x, seed 12", 100),
+        "c": entry("text", "real text", 20),
+    }
     known |= {"d": entry("chapter", "03_y", 30, stages=["a", "b", "c"]), "e": entry("model", "train z, seed 11", 900)}
     assert readme.times_alone(known).splitlines()[2:] == ["| 03_y | 3 | 2:00 | 1:10 | 0:30 |"]
 

@@ -122,6 +122,17 @@ def _near(path: Path) -> str:
     return ""
 
 
+def own_skeleton(model: str) -> Any:
+    """The model without its weights, as its configuration alone says: for what can be asked of it at once."""
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(
+            _configuration(model_source(model)), trust_remote_code=False
+        )
+
+
 def own_tokenizer(source: str) -> Any:
     """The tokenizer kept beside a model; UserError when there is none."""
     import transformers
