@@ -24,10 +24,18 @@ NORMS = 8  # bytes a sequence beside its codes: |phi|^2 and scale, float32
 
 
 def layout(total: int, limit: int) -> tuple[int, int]:
-    """(bits, dims): bits of a coordinate, and places for coordinates, of which there are `total`, within `limit` bytes.
+    """How coordinates are kept: all in 16 bits where these fit; else all in as many of 8, 4, 2 and 1 as fit, places rounded up
+    to whole blocks of MIXED; else one bit each in as many blocks as fit.
 
-    All in 16 bits where these fit; else all in as many of 8, 4, 2 and 1 as fit, dims rounded up to whole blocks of MIXED;
-    else one bit each in as many blocks as fit. Raises ValueError where not one block does.
+    Args:
+        total: How many coordinates there are.
+        limit: Bytes that they may take, norms included.
+
+    Returns:
+        (bits of a coordinate, places for coordinates).
+
+    Raises:
+        ValueError: Not one block fits.
     """
     room = 8 * (limit - NORMS)
     if room >= 16 * total:
@@ -41,7 +49,7 @@ def layout(total: int, limit: int) -> tuple[int, int]:
 
 
 def mix(x: Tensor) -> Tensor:
-    """x [n, d] with its coordinates turned, each MIXED that lie d / MIXED apart. Inner products stay."""
+    """x [n, d] with its coordinates turned, each MIXED that lie d / MIXED apart; inner products stay."""
     return (hadamard().to(x) @ x.view(len(x), MIXED, -1)).flatten(1)
 
 
@@ -54,7 +62,15 @@ def hadamard() -> Tensor:
 
 
 def encode(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """(codes uint8 [n, d bits / 8], scale [n]) of x [n, d]: x ~ scale (levels - middle), levels in fields of bytes."""
+    """Vectors in a few bits a coordinate: x ~ scale (levels - middle), levels in fields of bytes.
+
+    Args:
+        x: [n, d], mixed below 16 bits.
+        bits: 16, 8, 4, 2 or 1.
+
+    Returns:
+        Codes [n, d bits / 8], uint8, and scale [n].
+    """
     tiny = torch.finfo(x.dtype).tiny
     if bits == 16:
         scale = x.abs().amax(1)  # the largest becomes 1, far from float16's limits
@@ -79,7 +95,17 @@ def fields(queries: Tensor, bits: int) -> list[Tensor]:
 
 
 def products(codes: Tensor, queries: list[Tensor], bits: int, buffers: Buffers) -> Tensor:
-    """[Q, n] inner products of queries, as `fields` made them, with unscaled codes uint8 [n, bytes]."""
+    """Inner products of queries with unscaled codes.
+
+    Args:
+        codes: [n, bytes], uint8.
+        queries: As `fields` made them.
+        bits: Of a coordinate.
+        buffers: Scratch memory.
+
+    Returns:
+        [Q, n], to be multiplied by the codes' scales.
+    """
     if bits == 16:
         return queries[0] @ codes.contiguous().view(torch.float16).float().T
     middle = 2 ** (bits - 1) - 0.5
