@@ -1,0 +1,201 @@
+"""Which training sequences made the model say that? One small model of Atlas, and a reader's own (chapter 00)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from influence_kit.corpora.world import World, batch_of
+from influence_kit.corpora.worlds.atlas import namesakes, supporters
+from influence_kit.findings.families import Planned, planted_grid
+from influence_kit.findings.profiles import Profile
+from influence_kit.findings.trained import Scanned, Trained
+from influence_kit.measures.lexical import bm25, target_counts, token_counts
+from influence_kit.measures.lifts import lift
+
+if TYPE_CHECKING:
+    import pandas
+    from torch import Tensor, nn
+
+    from influence_kit.engine.factors import Factors
+    from influence_kit.engine.scores import Scores
+    from influence_kit.reading.cards import CardView
+
+OWN, OTHER, NAME = "same fact, query's language", "same fact, other language", "same name, other fact"
+
+
+def reads(profile: Profile) -> list[Planned]:
+    """The second smallest model of Atlas, of one seed."""
+    widths = [size.width for size in profile.atlas.family.sizes[:2]]
+    return planted_grid(profile, "atlas", seeds=profile.seeds[:1], widths=widths[-1:])
+
+
+def tiers(world: World, scan: Scanned) -> dict[str, np.ndarray]:
+    """What the scanned sequences are to the scored queries, bool [Q, N] each."""
+    own, other = (tier[scan.queries] for tier in supporters(world, scan.rows))
+    return {OWN: own, OTHER: other, NAME: namesakes(world, scan.rows)[0][scan.queries]}
+
+
+def lifts(
+    tiers: Mapping[str, np.ndarray], rankings: Mapping[str, np.ndarray], seed: int, usable: np.ndarray | bool = True
+) -> pandas.DataFrame:
+    """Lift of each tier in the top 1 % of each ranking, scores [Q, N], a row a query; nan where a query is not usable."""
+    import pandas
+
+    return pandas.concat(
+        pandas.DataFrame(
+            {"tier": tier, "ranking": ranking, "lift": np.where(usable, lift(values, member), np.nan), "seed": seed}
+        )
+        for tier, member in tiers.items()
+        for ranking, values in rankings.items()
+    )
+
+
+def wrong_answers(world: World, queries: np.ndarray) -> pandas.DataFrame:
+    """Of some queries of Atlas: the token of the answer, its place in the row, and a wrong answer, which is the next different one
+    of the same kind of question, and the right one where a kind has but one answer."""
+    asks = world.queries.select(["fact", "language"]).to_pandas()
+    tokens = batch_of(world.queries)
+    asks["place"] = tokens["loss_mask"].int().argmax(1).numpy()
+    asks["answer"] = tokens["input_ids"].numpy()[range(len(asks)), asks["place"]]
+
+    def turned(answers: pandas.Series) -> pandas.Series:
+        distinct = answers.unique()
+        return answers.map(dict(zip(distinct, np.roll(distinct, 1))))
+
+    relation = asks["fact"] % world.parameters["relations"]
+    asks["wrong"] = asks.groupby(["language", relation])["answer"].transform(turned)
+    return asks.loc[queries]
+
+
+def wrong_scores(run: Trained, scan: Scanned, asks: pandas.DataFrame) -> np.ndarray:
+    """Influence [Q, N] of the scanned sequences on the queries with their wrong answers."""
+    from influence_kit.engine.scans import score
+
+    exchanged = batch_of(run.world.queries, scan.queries)
+    exchanged["input_ids"].numpy()[range(len(asks)), asks["place"].to_numpy()] = asks["wrong"].to_numpy()
+    about = run.planned.influence[1.0].parameters
+    model = run.model().to(about["device"])
+    return score(
+        model, run.factors(), exchanged, batch_of(run.world.sequences, scan.rows), about["damping"]
+    ).values.numpy()
+
+
+def middling(at_end: pandas.DataFrame, own: np.ndarray) -> int:
+    """The query of the first language whose loss is nearest half a nat, of those with ten supporters in the scan (or the most there
+    are): a fact that is known perfectly leaves almost no gradient to read."""
+    first_language = at_end["language"].to_numpy() == 0
+    stated = own.sum(1) >= min(10, own[first_language].sum(1).max())
+    return int(np.argmin(np.where(stated & first_language, np.abs(-at_end["log_p"].to_numpy() - 0.5), np.inf)))
+
+
+def word_overlap(world: World, scan: Scanned) -> np.ndarray:
+    """BM25 [Q, N] of the scanned sequences for the scored queries."""
+    asked, told = (
+        batch_of(table, rows)["input_ids"]
+        for table, rows in ((world.queries, scan.queries), (world.sequences, scan.rows))
+    )
+    return bm25(*(token_counts(tokens.numpy(), ignore=[0]) for tokens in (asked, told)))
+
+
+def places(values: np.ndarray) -> np.ndarray:
+    """The place of each sequence in a ranking by scores [N], 1 for the highest."""
+    return np.argsort(np.argsort(-values, kind="stable"), kind="stable") + 1
+
+
+def first_ten(
+    world: World,
+    scan: Scanned,
+    query: int,
+    tiers: Mapping[str, np.ndarray],
+    asks: pandas.DataFrame,
+    others: Mapping[str, np.ndarray],
+) -> pandas.DataFrame:
+    """The ten most influential sequences of a query, with what was planted in them, and where other rankings [Q, N] put them."""
+    import pandas
+
+    from influence_kit.reading.words import token_texts
+
+    first = np.argsort(-scan.raw[query], kind="stable")[:10]
+    own, other, named = (tiers[tier][query, first] for tier in (OWN, OTHER, NAME))
+    tokens = batch_of(world.sequences, scan.rows[first])["input_ids"].numpy()
+    columns = {
+        "states the fact": np.select([own, other], ["yes", "in the other language"], "no"),
+        "names the entity": np.where(own | other | named, "yes", "no"),
+        "says the answer": np.where((tokens == asks["answer"].iloc[query]).any(1), "yes", "no"),
+        **{f"place {name}": places(values[query])[first] for name, values in others.items()},
+        "sequence": [" ".join(token_texts(world, row[1:].tolist())) for row in tokens],
+    }
+    return pandas.DataFrame(columns, index=pandas.RangeIndex(1, len(first) + 1, name="place"))
+
+
+@dataclass(frozen=True)
+class Own:
+    """A reader's own texts, scored for one question to an own model: by influence, and by word overlap [N]."""
+
+    world: World
+    model: nn.Module
+    factors: Factors
+    scores: Scores
+    overlap: np.ndarray
+
+    @property
+    def question(self) -> dict[str, Tensor]:
+        """What the model was asked, in its tokens."""
+        return batch_of(self.world.queries)
+
+    def words(self) -> str:
+        """What was found, in short."""
+        from influence_kit.models import evaluate
+
+        ranked = (self.scores.values.numpy()[0], self.overlap)
+        tops = [set(np.argsort(-values, kind="stable")[:10].tolist()) for values in ranked]
+        return (
+            f"{self.world.sequences.num_rows:,} texts scored. The log-probability of the completion is "
+            f"{evaluate(self.model, self.question)[0].item():.2f} nats. Of the ten most influential texts "
+            f"{len(tops[0] & tops[1])} are among the ten with the largest word overlap."
+        )
+
+    def card(self, k: int, title: str) -> CardView:
+        """The k most and least influential texts, shaded by token."""
+        from influence_kit.engine.scans import token_scores
+        from influence_kit.reading.cards import Row, query_card
+        from influence_kit.reading.words import token_texts
+
+        world, question = self.world, self.question
+        ranked = [*self.scores.top(k), *self.scores.bottom(k)]
+        chosen = batch_of(world.sequences, [one.sequence for one in ranked])
+        shades = token_scores(self.model, self.factors, question, chosen)
+        by_overlap, by_influence = places(self.overlap), places(self.scores.values[0].numpy())
+        rows = []
+        for i, one in enumerate(ranked):
+            end = int(chosen["loss_mask"][i].nonzero()[-1]) + 1
+            rows.append(
+                Row(
+                    tokens=token_texts(world, chosen["input_ids"][i, :end].tolist()),
+                    score=one.score,
+                    rank=int(by_influence[one.sequence]),
+                    nats_per_copy=one.nats_per_copy,
+                    source=world.sequences["pair_id"][one.sequence].as_py(),
+                    bm25_rank=int(by_overlap[one.sequence]),
+                    token_scores=shades[i, :end].tolist(),
+                )
+            )
+        ids, start = question["input_ids"][0].tolist(), int(question["loss_mask"][0].nonzero()[0])
+        prompt, completion = ids[world.parameters["opening"] : start], ids[start:]
+        pieces = token_texts(world, prompt), token_texts(world, completion)
+        return query_card(*pieces, rows, k=k, title=title, alignment="predicted")
+
+
+def score_own(world: World, model: nn.Module) -> Own:
+    """Fit EK-FAC on a reader's own texts and score each for the one question of `own_world`."""
+    from influence_kit.engine.fitting import fit_ekfac
+    from influence_kit.engine.scans import score
+
+    texts = batch_of(world.sequences)
+    factors = fit_ekfac(model, texts)
+    overlap = bm25(token_counts(batch_of(world.queries)["input_ids"].numpy()), target_counts(world.sequences))[0]
+    return Own(world, model, factors, score(model, factors, batch_of(world.queries), texts), overlap)
