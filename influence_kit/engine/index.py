@@ -39,6 +39,7 @@ from .factors import Factors
 from .features import Features
 from .files import digest, load_tensors, save_tensors, sha256, whole
 from .processes import barrier, rank_and_size, shard
+from .refine import Refined, refined_by
 from .scans import NAMED, check_norms, check_numbers, score, warn_of_unusable
 from .scores import FORMS, Scores, TopScores, ends
 from .sequences import Progress, batch_rows, check, corpus_digest, count, gather, read_batch, row_digests
@@ -227,6 +228,8 @@ class Index:
         rescore: int = 100,
         form: str = "raw",
         batch_size: int = 32,
+        refine: int | Refined = 0,
+        refine_on: Mapping[str, Tensor] | None = None,
     ) -> TopScores:
         """The k most and k least influential indexed sequences of every query.
 
@@ -240,6 +243,8 @@ class Index:
             rescore: How many candidates.
             form: raw, relatif or cosine.
             batch_size: Sequences read at a time.
+            refine: As for `score`; the index stays as it is.
+            refine_on: As for `score`. Without `sequences` nothing is left unsolved on others than these that could be told.
 
         Raises:
             ValueError: Another model's weights, a query without a target, another number of sequences than indexed, or a
@@ -259,7 +264,9 @@ class Index:
         self._check(model)
         check(queries, model, "queries", asking=True)
         bits, buffers = self.about["bits"], Buffers()
-        asked, norms = self._asked(model, queries, batch_size)
+        how = {"others": sequences, "batch_size": batch_size}
+        refined = refined_by(refine, refine_on, model, self.factors, queries, self.about["damping"], **how)
+        asked, norms = self._asked(model, queries, batch_size, refined)
         asked_fields = fields(asked, bits)
         nothing = torch.zeros(len(asked), 2, 0)
         values, rows = ends(nothing, nothing.long(), k)
@@ -272,10 +279,10 @@ class Index:
             places = torch.arange(start, start + len(codes)).expand_as(both)
             values, rows = ends(torch.cat([values, both], 2), torch.cat([rows, places], 2), size)
         if sequences is None:
-            return TopScores(values, rows, form, self.sequences, approximate=True)
-        return self._rescored(model, queries, sequences, rows, k, form, batch_size)
+            return TopScores(values, rows, form, self.sequences, True, refined and refined.about)
+        return self._rescored(model, queries, sequences, rows, k, form, batch_size, refined or 0)
 
-    def _rescored(self, model, queries, sequences, rows: Tensor, k: int, form: str, batch_size: int) -> TopScores:
+    def _rescored(self, model, queries, sequences, rows: Tensor, k: int, form, batch_size, refine) -> TopScores:
         together = rows[rows >= 0].unique()
         candidates = gather(sequences, together.tolist())
         wrong = row_digests(read_batch(candidates, slice(None))) != self._rows()[together.numpy()]
@@ -285,22 +292,26 @@ class Index:
                 "in the same order"
             )
         damping = self.about["damping"]
-        exact = score(model, self.factors, queries, candidates, damping, batch_size, corpus_size=self.sequences)
+        how = {"corpus_size": self.sequences, "refine": refine}
+        exact = score(model, self.factors, queries, candidates, damping, batch_size, **how)
         # A query sees its own candidates alone, so that its answer does not depend on what else is asked.
         own = torch.zeros(len(rows), len(together), dtype=torch.bool)
         own.scatter_(1, torch.searchsorted(together, rows.clamp(min=together[0])).flatten(1), True)
         values = exact.form(form)[:, None].expand(-1, 2, -1)
         places = torch.where(own, together, -1)[:, None].expand(-1, 2, -1)
-        return TopScores(*ends(values, places, k), form, self.sequences)
+        return TopScores(*ends(values, places, k), form, self.sequences, refinement=exact.refinement)
 
-    def _asked(self, model: nn.Module, queries: Mapping[str, Tensor], batch_size: int) -> tuple[Tensor, Tensor]:
+    def _asked(
+        self, model: nn.Module, queries: Mapping[str, Tensor], batch_size: int, refined: Refined | None
+    ) -> tuple[Tensor, Tensor]:
         """Projected whitened gradients of the queries float32 [Q, dims], and their norms [Q]."""
         features, parts = Features(model, self.factors, self.about["damping"]), []
         for rows in batch_rows(count(queries), batch_size):
-            parts.append(features.project(queries, rows, self.projection, self.about["bits"], self.about["dims"]))
+            how = self.projection, self.about["bits"], self.about["dims"], refined
+            parts.append(features.project(queries, rows, *how))
         norms = torch.cat([squares for _, squares in parts]).sqrt()
         check_norms(norms)
-        return torch.cat([x for x, _ in parts]), norms
+        return torch.cat([x for x, _ in parts]), norms if refined is None else refined.norms.float()
 
     def _shards(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(first row, codes uint8 [n, bytes], norms float32 [n, 2]) of every file, mapped, not read."""

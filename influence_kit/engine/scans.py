@@ -28,6 +28,7 @@ from .files import digest
 from .gradients import Recorder, device_of, frozen
 from .passes import sequence_gradients
 from .processes import all_gather, all_reduce, barrier, rank_and_size, shard
+from .refine import Refined, refined_by
 from .resume import State
 from .scores import FORMS, Scores, TopScores, ends
 from .sequences import Progress, batch_rows, check, corpus_digest, count, gather, read_batch
@@ -50,6 +51,8 @@ def score(
     rank: int | float | None = None,
     memory: float = 2e9,
     corpus_size: int | None = None,
+    refine: int | Refined = 0,
+    refine_on: Mapping[str, Tensor] | None = None,
     resume: str | os.PathLike | None = None,
     progress: Progress | None = None,
 ) -> Scores:
@@ -71,6 +74,10 @@ def score(
             (the paper's query batching); the errors are in the result.
         memory: Bytes of query directions held in memory; beyond it they are read from a temporary file for every batch.
         corpus_size: Sequences of the whole training corpus, default N.
+        refine: Iterations of conjugate gradients that solve for the queries' directions with the curvature of all tracked
+            layers together, by exact products (`refine.py`); 0 for EK-FAC's. Or what `engine.refine.refine` gave.
+        refine_on: A sample of the training corpus, 1,000 sequences or more, that this curvature is of. The result's `refinement`
+            holds what is left unsolved, on the sample and on sequences that it lacks. Forms divide by EK-FAC's norms still.
         resume: A folder (one that all processes see) for the state from which a killed scan goes on, with any number of
             processes. What was computed of other weights, queries or rows is computed again.
         progress: Called with (sequences done, sequences to do).
@@ -80,10 +87,11 @@ def score(
 
     Raises:
         ValueError: Factors of other layers or shapes than the model's, a query without a target, sequences that do not say
-            which tokens there are or that the model cannot read.
+            which tokens there are or that the model cannot read, a refined solve that does not converge.
 
     Cost: one pass over the queries; one over the sequences, each (L + Q) P M' multiplications a layer beyond the model's
-    own forward pass and backward pass to the tracked outputs, and L (P^2 + M'^2) more for self_influence.
+    own forward pass and backward pass to the tracked outputs, and L (P^2 + M'^2) more for self_influence. To refine,
+    1 1/3 passes over refine_on for every query and iteration (and for two more).
     """
     sweep = Sweep.of(
         model,
@@ -96,6 +104,9 @@ def score(
         norms=self_influence,
         rank=rank,
         memory=memory,
+        refine=refine,
+        refine_on=refine_on,
+        resume=resume,
     )
     total, found = count(sequences), sweep.directions.count
     values = torch.zeros(found, total, dtype=sweep.directions.norms.dtype)
@@ -119,7 +130,8 @@ def score(
         corpus_size or total,
         layer_values,
         sweep.directions.errors,
-        partial(_tokens_of, model, factors, queries, sequences, damping),
+        partial(_tokens_of, model, factors, queries, sequences, damping, sweep.refined),
+        sweep.refined and sweep.refined.about,
     )
 
 
@@ -136,6 +148,8 @@ def top_scores(
     rank: int | float | None = None,
     memory: float = 2e9,
     corpus_size: int | None = None,
+    refine: int | Refined = 0,
+    refine_on: Mapping[str, Tensor] | None = None,
     resume: str | os.PathLike | None = None,
     progress: Progress | None = None,
 ) -> TopScores:
@@ -163,6 +177,9 @@ def top_scores(
         norms=form != "raw",
         rank=rank,
         memory=memory,
+        refine=refine,
+        refine_on=refine_on,
+        resume=resume,
     )
     total = count(sequences)
 
@@ -185,7 +202,7 @@ def top_scores(
         told = all_gather(unusable)
     bad = int(told[:, -1].sum())
     warn_of_unusable(bad, told[:, :-1].flatten().sort().values[: min(bad, NAMED)].tolist(), total)
-    return TopScores(values, rows, form, corpus_size or total)
+    return TopScores(values, rows, form, corpus_size or total, refinement=sweep.refined and sweep.refined.about)
 
 
 def token_scores(
@@ -195,6 +212,9 @@ def token_scores(
     sequences: Mapping[str, Tensor],
     damping: float = 0.1,
     batch_size: int = 32,
+    *,
+    refine: int | Refined = 0,
+    refine_on: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Influence of every position of some sequences on one query (Eq 31).
 
@@ -216,7 +236,8 @@ def token_scores(
     check(query, model, "query", asking=True)
     check(sequences, model)
     factors = factors.beside(model)
-    directions = Directions(model, factors, query, damping, rotated_sides(factors, 1, 0, True))
+    refined = refined_by(refine, refine_on, model, factors, query, damping)
+    directions = Directions(model, factors, query, damping, rotated_sides(factors, 1, 0, True), refined=refined)
     check_norms(directions.norms)
     modules, rotator = dict(model.named_modules()), Rotator()
     length = read_batch(sequences, slice(0, 1)).tokens.shape[1]
@@ -230,8 +251,11 @@ def token_scores(
     return summed
 
 
-def _tokens_of(model, factors, queries, sequences, damping: float, query: int, rows: Sequence[int]) -> Tensor:
-    return token_scores(model, factors, gather(queries, [query]), gather(sequences, rows), damping)
+def _tokens_of(
+    model, factors, queries, sequences, damping: float, refined: Refined | None, query: int, rows: Sequence[int]
+) -> Tensor:
+    solved = 0 if refined is None else refined.only(query)
+    return token_scores(model, factors, gather(queries, [query]), gather(sequences, rows), damping, refine=solved)
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,6 +271,7 @@ class Sweep:
         batch_size: Sequences read at a time.
         by_layer: Whether every layer's share is kept.
         about: All that the results rest on beside weights and sequences.
+        refined: What the directions are, where they are not EK-FAC's.
     """
 
     model: nn.Module
@@ -257,6 +282,7 @@ class Sweep:
     batch_size: int
     by_layer: bool
     about: tuple
+    refined: Refined | None = None
 
     @staticmethod
     def of(
@@ -271,6 +297,9 @@ class Sweep:
         norms: bool = False,
         rank: int | float | None = None,
         memory: float = 2e9,
+        refine: int | Refined = 0,
+        refine_on: Mapping[str, Tensor] | None = None,
+        resume: str | os.PathLike | None = None,
     ) -> Sweep:
         """Checks everything and takes the queries' pass. Arguments as `score`'s; `norms`: its self_influence."""
         check_numbers(damping, batch_size)
@@ -279,11 +308,14 @@ class Sweep:
         beside, total = factors.beside(model), count(sequences)
         tokens = total * (read_batch(sequences, slice(0, 1)).tokens.shape[1] - 1) if total else 0
         rotated = rotated_sides(beside, count(queries), tokens // rank_and_size()[1], norms)
-        directions = Directions(model, beside, queries, damping, rotated, rank, batch_size, memory)
+        how = {"others": sequences, "batch_size": batch_size, "memory": memory, "resume": resume}
+        refined = refined_by(refine, refine_on, model, factors, queries, damping, **how)
+        directions = Directions(model, beside, queries, damping, rotated, rank, batch_size, memory, refined)
         check_norms(directions.norms)
         whitening = {n: inverse(layer.damped(damping)) for n, layer in beside.layers.items()} if norms else {}
         about = (corpus_digest(queries), damping, batch_size, by_layer, norms, rank)
-        return Sweep(model, beside, sequences, directions, whitening, batch_size, by_layer, about)
+        about += () if refined is None else (directions.norms.tolist(),)
+        return Sweep(model, beside, sequences, directions, whitening, batch_size, by_layer, about, refined)
 
     @contextmanager
     def state(self, folder: str | os.PathLike | None, *purpose: object) -> Iterator[State]:
@@ -293,6 +325,8 @@ class Sweep:
         yield state
         barrier()
         state.forget()
+        if self.refined is not None:
+            self.refined.forget()
 
     def chunks(
         self, state: State, reduce: Callable[[slice, Parts], Parts], progress: Progress | None

@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .refine import Refinement
 
 FORMS = ("raw", "relatif", "cosine")
 TokenScorer = Callable[[int, Sequence[int]], Tensor]  # (query, sequences) -> token scores [k, T]
@@ -40,6 +43,7 @@ class Scores:
         by_layer: Raw I [Q, N, L] in the order of `layers`, which sums to values, or None.
         query_error: Relative error [Q] of the query directions where they were held at low rank.
         tokens_of: What scores the tokens of a few sequences; the scan hands it in.
+        refinement: How far the queries' directions were solved for, None where they are EK-FAC's.
     """
 
     values: Tensor
@@ -50,6 +54,7 @@ class Scores:
     by_layer: Tensor | None = None
     query_error: Tensor | None = None
     tokens_of: TokenScorer | None = field(default=None, repr=False, compare=False)
+    refinement: Refinement | None = None
 
     @property
     def nats_per_copy(self) -> Tensor:
@@ -118,6 +123,7 @@ class TopScores:
         form: raw (nats at epsilon = 1), relatif or cosine.
         corpus_size: As in Scores.
         approximate: Whether these are an index's scores that were not made exact.
+        refinement: As in Scores.
     """
 
     values: Tensor
@@ -125,6 +131,7 @@ class TopScores:
     form: str
     corpus_size: int
     approximate: bool = False
+    refinement: Refinement | None = None
 
     def top(self, k: int, query: int = 0) -> list[Ranked]:
         """The k most positive sequences of one query, best first."""
