@@ -127,6 +127,5 @@ if [ "$1" = doctor ]; then  # what it has to say matters most where the environm
   python=$(existing || suitable) || fail "no Python 3.11, 3.12 or 3.13 found: install one, then run again"
   exec "$python" -m influence_kit.runner.doctor "$@"
 fi
-existing >/dev/null || make_environment
-python=$(existing) || fail "the environment is still not the one of constraints.txt (log: $log): delete .venv and .conda, then run again"
+python=$(existing) || { make_environment; python=$(existing); } || fail "the environment is still not the one of constraints.txt (log: $log): delete .venv and .conda, then run again"
 exec "$python" -m influence_kit "$@"

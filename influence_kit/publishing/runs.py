@@ -82,7 +82,8 @@ class Run:
 
 def _named(changed: Mapping[str, object]) -> str:
     """What was changed as part of a folder's name: whole where that is short and plain, else its beginning and a hash."""
-    words = [f"{name}-{'-'.join(map(str, v)) if isinstance(v, list) else v}" for name, v in sorted(changed.items())]
+    ordered = sorted(changed.items(), key=lambda item: (item[0] != "model", item[0]))
+    words = [f"{name}-{'-'.join(map(str, v)) if isinstance(v, list) else v}" for name, v in ordered]
     plain = re.sub(r"[^\w.-]+", "-", text := "-".join(words)).strip("-.")
     return plain if plain == text and len(plain) <= LONGEST else f"{plain[:LONGEST]}-{digest(dict(changed))[:6]}"
 
