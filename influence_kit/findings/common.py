@@ -202,7 +202,9 @@ def pretrained(parameters: dict, inputs: dict[str, Path], out: Path, progress) -
     pq.write_table(pa.concat_tables(parts), out / "answers.parquet")
     size = models.non_embedding_parameters(end)
     curves = {"step": [1], "train": [held_out[1]], "held_out_step": [0, 1], "held_out": held_out}
-    (out / "losses.json").write_text(json.dumps({"steps": 1, "non_embedding_parameters": size, **curves}, sort_keys=True))
+    (out / "losses.json").write_text(
+        json.dumps({"steps": 1, "non_embedding_parameters": size, **curves}, sort_keys=True)
+    )
 
 
 def _tokenizer(source: str):

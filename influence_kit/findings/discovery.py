@@ -36,12 +36,11 @@ def finding(chapter: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-        from types import SimpleNamespace
-
-        from influence_kit.findings import reads  # TRANSITION
-        return SimpleNamespace(reads=reads.READS[chapter])
+        
         place = name.replace(".", "/")
-        raise UserError(f"notebooks/{chapter}.ipynb has no module {place}.py that says what it reads: add one") from error
+        raise UserError(
+            f"notebooks/{chapter}.ipynb has no module {place}.py that says what it reads: add one"
+        ) from error
 
 
 def stages_for(profile: Profile, chapter: str) -> list[Stage]:

@@ -95,7 +95,9 @@ def _of_arms(profile, grid: PlantedGrid | None, corpus, arms, fractions, widths,
             if size.width not in (allowed if widths is None else set(allowed) & set(widths)):
                 continue
             for seed in profile.seeds if seeds is None else seeds:
-                world = _spoken(grid, name, seed) if isinstance(grid, DialogueGrid) else _planted(grid, corpus, name, seed)
+                world = (
+                    _spoken(grid, name, seed) if isinstance(grid, DialogueGrid) else _planted(grid, corpus, name, seed)
+                )
                 found.append(_trained(profile, grid, corpus, name, seed, size, world, fractions, extra))
     return found
 
@@ -229,7 +231,9 @@ def _extra(kind: str, own: dict, scan: Stage, fraction: float, name: str) -> Sta
     parameters = {key: scan.parameters[key] for key in ("fraction", "seed", "damping", "layers", "device")}
     parameters |= {"model": scan.inputs["model"].parameters} if made.recipe else {}
     inputs = scan.inputs | ({"influence": scan} if made.scan else {})
-    return Stage(kind, made.function, {**own, **parameters}, inputs, label=f"{kind} of {name}, {fraction:.0%} of training")
+    return Stage(
+        kind, made.function, {**own, **parameters}, inputs, label=f"{kind} of {name}, {fraction:.0%} of training"
+    )
 
 
 def _pretrained(
@@ -238,13 +242,9 @@ def _pretrained(
     """A model from elsewhere, and the real-text world in its own tokens."""
     name, source = f"{Path(size.pretrained).name}, seed {seed}", {"source": size.pretrained}
     own = {**source, "length": world.parameters["length"]}
-    world = Stage(
-        "world", common.retokenise, own, {"world": world}, label=f"text world for {name}"
-    )
+    world = Stage("world", common.retokenise, own, {"world": world}, label=f"text world for {name}")
     label = f"load {name}"
-    model = Stage(
-        "model", common.pretrained, {**source, "seed": seed}, {"world": world}, label=label
-    )
+    model = Stage("model", common.pretrained, {**source, "seed": seed}, {"world": world}, label=label)
     scans = {}
     for fraction in fractions:
         parameters: dict = {"fraction": fraction, "seed": seed, "fit": scan.fit, "sequences": scan.sequences}
@@ -257,7 +257,12 @@ def _pretrained(
 def _model(family: Family, scan: ScanSettings, seed: int, size: Size, world: Stage, name: str, device: str) -> Stage:
     checkpoints = sorted({0.0, *scan.fractions, END})
     recipe = {**family.recipe, "seed": seed, "learning_rate": size.learning_rate, "checkpoints": checkpoints}
-    parameters = {"architecture": size.architecture or family.architecture, "width": size.width, "depth": size.depth, "device": device}
+    parameters = {
+        "architecture": size.architecture or family.architecture,
+        "width": size.width,
+        "depth": size.depth,
+        "device": device,
+    }
     parameters["recipe"] = asdict(Recipe(**tuples(recipe)))
     return Stage(
         "model",
@@ -282,6 +287,4 @@ def _influence(
         "device": profile.device,
     }
     label = f"score {name}, {fraction:.0%} of training"
-    return Stage(
-        "influence", common.influence, parameters, {"world": world, "model": model}, label=label
-    )
+    return Stage("influence", common.influence, parameters, {"world": world, "model": model}, label=label)

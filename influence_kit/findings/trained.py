@@ -51,9 +51,6 @@ class Scanned:
         return self.scores.cosine.numpy()
 
 
-Scan = Scanned  # TRANSITION
-
-
 def read_scan(folder: Path, corpus_size: int) -> Scanned:
     """What `common.write_scores` wrote, of a corpus of so many sequences."""
     from safetensors.torch import load_file
@@ -75,10 +72,6 @@ class Trained:
     """One trained model of the grid and everything known of it; computed on first use, then read from the cache."""
 
     planned: families.Planned
-
-    @property
-    def trained(self):  # TRANSITION
-        return self.planned
 
     def __getattr__(self, name: str):
         if name in ("corpus", "arm", "seed"):
@@ -150,7 +143,9 @@ class Trained:
         """The folder that a stage of this kind wrote about the scan at a fraction; asked for by `extra=` when the models were."""
         if (kind, fraction) not in self.planned.extra:
             made = ", ".join(f"{kind} at {f:g}" for kind, f in self.planned.extra) or "none"
-            raise UserError(f"no {kind!r} was made at {fraction:g} of training, only {made}: name it in the profile's `extra`")
+            raise UserError(
+                f"no {kind!r} was made at {fraction:g} of training, only {made}: name it in the profile's `extra`"
+            )
         return ensure(self.planned.extra[kind, fraction])
 
     def model(self, fraction: float = 1.0) -> nn.Module:

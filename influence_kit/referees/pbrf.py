@@ -72,7 +72,7 @@ class ProximalResponse:
         self.start = [weight.detach().clone() for weight in self.weights]
         total = count(sample)
         self.batches = [read_batch(sample, slice(i, min(i + batch_size, total))) for i in range(0, total, batch_size)]
-        with torch.no_grad(), frozen(self.model):
+        with frozen(self.model), torch.no_grad():
             self.expected = [forward(self.model, b.tokens[:, : b.length]).log_softmax(-1) for b in self.batches]
         self.total = total
         self.root = self._root()

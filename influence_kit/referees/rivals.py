@@ -175,7 +175,7 @@ def representations(s: Setting, layer: int) -> Tensor:
 def _states(model: nn.Module, sequences: Batch, layer: int) -> Tensor:
     """Unit vectors [N, d]: the mean over the counted positions and the last target of a sequence's hidden states."""
     found = []
-    with torch.no_grad(), frozen(model):
+    with frozen(model), torch.no_grad():
         for rows in batch_rows(count(sequences), 256):
             batch = read_batch(sequences, rows)
             read = batch.tokens[:, : batch.length + 1]

@@ -6,10 +6,11 @@ import yaml
 
 from influence_kit.corpora.world import World
 from influence_kit.errors import UserError
+from influence_kit.findings import discovery
 from influence_kit.findings import families as grid
-from influence_kit.findings import reads as chapters
 from influence_kit.findings.common import dialogue, lines
 from influence_kit.findings.profiles import FOLDER, load_profile
+from influence_kit.publishing.costs import shape
 from tests.test_packages import make_deb
 
 CHAPTER = "06_role_play"
@@ -45,18 +46,18 @@ def test_arms_share_the_lines_and_differ_in_the_world():
     base, unnamed = (trained.world for trained in found)
     assert base.inputs["text"].fingerprint == unnamed.inputs["text"].fingerprint
     assert unnamed.parameters == base.parameters | {"named": False}
-    assert grid.shape(base) == (360, 48, 400) and base.inputs["text"].early
+    assert shape(base) == (360, 48, 400) and base.inputs["text"].early
     assert grid.dialogue_grid(load_profile("smoke", real_text=False)) == []
 
 
 def test_lines_that_cannot_be_fetched_are_said_before_any_work(monkeypatch, tmp_path):
-    stages = chapters.stages_for(load_profile("smoke"), CHAPTER)
-    missing = chapters.stages_for(load_profile(own(tmp_path, source="debs", folder=str(tmp_path / "no"))), CHAPTER)
+    stages = discovery.stages_for(load_profile("smoke"), CHAPTER)
+    missing = discovery.stages_for(load_profile(own(tmp_path, source="debs", folder=str(tmp_path / "no"))), CHAPTER)
     with pytest.raises(UserError, match="does not exist"):
-        chapters.text_is_in_reach(missing)
+        discovery.text_is_in_reach(missing)
     monkeypatch.setenv("PATH", str(tmp_path))  # no apt-get anywhere
     with pytest.raises(UserError, match=r"apt-get is not on this machine.*wesnoth-<series>-<campaign>_\*.deb"):
-        chapters.text_is_in_reach(stages)
+        discovery.text_is_in_reach(stages)
 
 
 def test_stages_make_a_world_of_packages_in_a_folder(tmp_path):

@@ -10,8 +10,10 @@ import nbformat
 import pandas
 import pytest
 
-from influence_kit.findings.reads import CHAPTERS
+from influence_kit.findings.discovery import chapter_names
 from influence_kit.packages import available
+
+CHAPTERS = chapter_names()
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "figures" / "smoke"
