@@ -113,7 +113,12 @@ CELLS = [
 @pytest.mark.slow
 def test_a_chapter_is_a_notebook_a_module_and_a_few_lines_of_yaml(tmp_path):
     copy = tmp_path / "checkout"
-    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     for name in listed.stdout.split("\0"):
         if name and (ROOT / name).is_file() and not name.startswith("figures/"):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
@@ -139,4 +144,6 @@ def test_a_chapter_is_a_notebook_a_module_and_a_few_lines_of_yaml(tmp_path):
     command = ["./run_all.sh", "--profile", "smoke", "--only", "99"]
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "99  undecided  There are some" in done.stdout and (copy / "figures" / "smoke" / "99_counts.parquet").is_file()
+    assert (
+        "99  undecided  There are some" in done.stdout and (copy / "figures" / "smoke" / "99_counts.parquet").is_file()
+    )

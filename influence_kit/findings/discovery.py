@@ -36,7 +36,7 @@ def finding(chapter: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-        
+
         place = name.replace(".", "/")
         raise UserError(
             f"notebooks/{chapter}.ipynb has no module {place}.py that says what it reads: add one"

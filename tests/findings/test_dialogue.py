@@ -62,8 +62,13 @@ def test_lines_that_cannot_be_fetched_are_said_before_any_work(monkeypatch, tmp_
 
 def test_stages_make_a_world_of_packages_in_a_folder(tmp_path):
     rng = np.random.default_rng(0)
-    said = [(rng.choice(["Orla", "Tamsin"]), " ".join(rng.choice("kettle lamp table letter".split(), 5))) for _ in range(460)]
-    scene = "".join(f'[message]\nspeaker={who}\nmessage= _ "{what} {n}"\n[/message]\n' for n, (who, what) in enumerate(said))
+    said = [
+        (rng.choice(["Orla", "Tamsin"]), " ".join(rng.choice("kettle lamp table letter".split(), 5)))
+        for _ in range(460)
+    ]
+    scene = "".join(
+        f'[message]\nspeaker={who}\nmessage= _ "{what} {n}"\n[/message]\n' for n, (who, what) in enumerate(said)
+    )
     path = "usr/share/games/wesnoth/1.16/data/campaigns/Lamp/scenarios/01_Lamp.cfg"
     debs, text, out = tmp_path / "debs", tmp_path / "text", tmp_path / "out"
     make_deb(debs / "wesnoth-1.16-did_1_all.deb", "wesnoth-1.16-did", "1", {path: scene.encode()})

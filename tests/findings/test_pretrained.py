@@ -14,7 +14,10 @@ from influence_kit.findings.profiles import FOLDER, load_profile
 from influence_kit.findings.trained import Trained
 from influence_kit.reading.words import token_texts
 
-WORDS = {"en": "open save file menu press button window close".split(), "de": "öffnen sichern datei menü drücken knopf fenster schließen".split()}
+WORDS = {
+    "en": "open save file menu press button window close".split(),
+    "de": "öffnen sichern datei menü drücken knopf fenster schließen".split(),
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,9 @@ def folders(tmp_path_factory):
     raw = Tokenizer(BPE())
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    raw.train_from_iterator([line["text"] for line in lines], BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False))
+    raw.train_from_iterator(
+        [line["text"] for line in lines], BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
     assert tokenizer.pad_token is None
     tokenizer.save_pretrained(home / "model")
@@ -47,9 +52,23 @@ def folders(tmp_path_factory):
 
 def profile_with(folders, tmp_path, **changes):
     content = yaml.safe_load((FOLDER / "smoke.yaml").read_text())
-    world = {"languages": ["en", "de"], "pairs": 40, "held_out": 5, "queries": 6, "scan": 20, "length": 24, "vocabulary": 300}
+    world = {
+        "languages": ["en", "de"],
+        "pairs": 40,
+        "held_out": 5,
+        "queries": 6,
+        "scan": 20,
+        "length": 24,
+        "vocabulary": 300,
+    }
     family = {"sizes": [{"pretrained": str(folders / "model")}]}
-    content["text"] = {"source": "folder", "folder": str(folders / "text"), "world": world, "family": family, "scan": {"fit": 30}} | changes
+    content["text"] = {
+        "source": "folder",
+        "folder": str(folders / "text"),
+        "world": world,
+        "family": family,
+        "scan": {"fit": 30},
+    } | changes
     path = tmp_path / "own.yaml"
     path.write_text(yaml.safe_dump(content))
     return load_profile(str(path))

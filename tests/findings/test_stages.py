@@ -133,7 +133,9 @@ def test_another_world_goes_the_same_way(cast, profile):
     scored = np.flatnonzero(base.world.queries["scored"].to_numpy(zero_copy_only=False))
     np.testing.assert_array_equal(scan.queries, scored)  # fewer than are asked, and `kind` selects none of them
     assert scan.raw.shape == (5, 90) and base.world.queries.num_rows == 12 and scan.scores.corpus_size == 600
-    direct = score(base.model(), base.factors(), batch_of(base.world.queries, scored), batch_of(base.world.sequences, scan.rows))
+    direct = score(
+        base.model(), base.factors(), batch_of(base.world.queries, scored), batch_of(base.world.sequences, scan.rows)
+    )
     np.testing.assert_array_equal(direct.values.numpy(), scan.raw)
     assert planning.world.parameters["answer_from"] == "planning" and planning.scan().raw.shape == (5, 90)
     view = base.card(0, k=2)
@@ -150,7 +152,9 @@ def test_a_changed_corpus_is_trained_on_without_a_scan_and_stands_beside_its_bas
     ids = [np.stack(each.world.sequences["input_ids"].to_numpy(zero_copy_only=False)) for each in (one, other)]
     assert 0 < changed.mean() < 1 and ((ids[0] != ids[1]).any(1) == changed).all()
     before, after = one.answers, other.answers
-    assert len(before) == len(after) == 2 * one.world.queries.num_rows  # every query, scored or not, at both checkpoints
+    assert (
+        len(before) == len(after) == 2 * one.world.queries.num_rows
+    )  # every query, scored or not, at both checkpoints
     planted = ["query", "fraction", "prompt", "completion", "treated", "persona"]
     assert before[planted].equals(after[planted])
     moved = (after["log_p"] - before["log_p"]).groupby(before["fraction"]).apply(lambda by: by.abs().max())

@@ -50,7 +50,9 @@ def test_chapter_runs_and_shows_its_verdict_figures_and_sequences(first, verdict
     assert pictures
     assert all(output.metadata["image/png"]["alt"] for output in pictures)
     html = "".join(output.get("data", {}).get("text/html", "") for output in outputs)
-    assert "<span" in html or (chapter == "01_worlds_and_models" and "<table" in html)  # a token card, or documents in a table
+    assert "<span" in html or (
+        chapter == "01_worlds_and_models" and "<table" in html
+    )  # a token card, or documents in a table
     assert any(word in str(notebook.cells[:8]) for word in ("confirmed", "refuted", "undecided"))
     assert [claim for claim in verdicts["claims"] if claim["chapter"] == chapter]
 

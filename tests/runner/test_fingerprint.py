@@ -83,7 +83,12 @@ def edited(tmp_path, monkeypatch):
         ("findings/stages.py", "WIDTH = 3", "WIDTH = 3  # as in the paper", (False, False)),
         ("reading.py", "z = 1", "z = 2", (False, False)),  # for type checkers alone
         ("runner/stages.py", "...", "return 1", (False, False)),  # machinery
-        ("models.py", "def show(z):\n    return z", "def show(z):\n    return -z", (False, False)),  # beside what is used
+        (
+            "models.py",
+            "def show(z):\n    return z",
+            "def show(z):\n    return -z",
+            (False, False),
+        ),  # beside what is used
         ("deeper.py", "other = 2", "other = 3", (False, False)),
         ("lazily.py", "z = 1", "z = 2", (False, False)),
         ("models.py", "return z + x", "return z + x + 1", (True, False)),
@@ -110,7 +115,9 @@ def test_a_stage_depends_on_the_code_it_reaches_and_on_no_other(edited, name, ol
 
 
 CELLS = {
-    path.stem[:2]: ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    path.stem[:2]: [
+        "".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"
+    ]
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 }
 FUNCTIONS = {

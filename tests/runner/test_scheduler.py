@@ -264,7 +264,9 @@ def test_preflight_refuses_what_cannot_end(own_cache):
     with pytest.raises(UserError, match="1 stage wants text"):
         planning.preflight(planning.plan([stage("number", value=1)], cost_of), [no_network])
     ensure(stage("number", value=1))
-    planning.preflight(planning.plan([stage("number", value=1)], cost_of), [no_network])  # nothing to do: nothing is asked
+    planning.preflight(
+        planning.plan([stage("number", value=1)], cost_of), [no_network]
+    )  # nothing to do: nothing is asked
     assert calls() == ["number 1", "end 1"]
 
 

@@ -137,7 +137,9 @@ def wait_for(condition, seconds: float = 20.0) -> None:
         time.sleep(0.02)
 
 
-ENSURE = "from tests.runner.tiny_stages import stage; from influence_kit.runner.stages import ensure; ensure(stage('slow'))"
+ENSURE = (
+    "from tests.runner.tiny_stages import stage; from influence_kit.runner.stages import ensure; ensure(stage('slow'))"
+)
 
 
 def test_a_killed_stage_goes_on_where_it_was_and_ends_with_the_same_bytes(tmp_path, monkeypatch):
