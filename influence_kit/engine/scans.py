@@ -26,12 +26,12 @@ from .directions import Directions, rotated_sides
 from .factors import Factors, Rotator, inverse
 from .files import digest
 from .gradients import Recorder, device_of, frozen
-from .passes import sequence_gradients
+from .passes import rows_within, sequence_gradients
 from .processes import all_gather, all_reduce, barrier, rank_and_size, shard
 from .refine import Refined, refined_by
 from .resume import State
 from .scores import FORMS, Scores, TopScores, ends
-from .sequences import Progress, batch_rows, check, corpus_digest, count, gather, read_batch
+from .sequences import Progress, batch_rows, check, corpus_digest, count, gather, length_of, read_batch
 
 CHUNKS = 512  # parts of a scan: what a killed one goes on from, and what processes share
 NAMED = 5  # sequences whose scores are not finite, named in a warning
@@ -239,10 +239,10 @@ def token_scores(
     refined = refined_by(refine, refine_on, model, factors, query, damping)
     directions = Directions(model, factors, query, damping, rotated_sides(factors, 1, 0, True), refined=refined)
     check_norms(directions.norms)
-    modules, rotator = dict(model.named_modules()), Rotator()
-    length = read_batch(sequences, slice(0, 1)).tokens.shape[1]
+    modules, rotator, length = _modules(model, factors), Rotator(), length_of(sequences)
+    batch_size = rows_within(model, modules, length, batch_size)
     summed = torch.zeros(count(sequences), length, dtype=directions.norms.dtype)
-    with frozen(model), Recorder({name: modules[name] for name in factors.layers}) as recorder:
+    with frozen(model), Recorder(modules) as recorder:
         for rows in batch_rows(count(sequences), batch_size):
             batch = read_batch(sequences, rows, device_of(model))
             for name, found in sequence_gradients(model, recorder, batch)[0].items():
@@ -301,13 +301,15 @@ class Sweep:
         refine_on: Mapping[str, Tensor] | None = None,
         resume: str | os.PathLike | None = None,
     ) -> Sweep:
-        """Checks everything and takes the queries' pass. Arguments as `score`'s; `norms`: its self_influence."""
+        """Checks everything and takes the queries' pass. Arguments as `score`'s; `norms`: its self_influence. Batches are
+        smaller than asked for where memory has no room for their token gradients."""
         check_numbers(damping, batch_size)
         check(queries, model, "queries", asking=True)
         check(sequences, model)
-        beside, total = factors.beside(model), count(sequences)
-        tokens = total * (read_batch(sequences, slice(0, 1)).tokens.shape[1] - 1) if total else 0
-        rotated = rotated_sides(beside, count(queries), tokens // rank_and_size()[1], norms)
+        beside, total, length = factors.beside(model), count(sequences), length_of(sequences)
+        tokens = total * max(length - 1, 0) // rank_and_size()[1]
+        rotated = rotated_sides(beside, count(queries), tokens, norms)
+        batch_size = rows_within(model, _modules(model, beside), max(length, length_of(queries)), batch_size)
         how = {"others": sequences, "batch_size": batch_size, "memory": memory, "resume": resume}
         refined = refined_by(refine, refine_on, model, factors, queries, damping, **how)
         directions = Directions(model, beside, queries, damping, rotated, rank, batch_size, memory, refined)
@@ -342,9 +344,8 @@ class Sweep:
         """
         total, rotator = count(self.sequences), Rotator()
         each = self.batch_size * max(1, -(-total // (self.batch_size * CHUNKS)))
-        modules = dict(self.model.named_modules())
         done, share = 0, 1 / rank_and_size()[1]
-        with frozen(self.model), Recorder({name: modules[name] for name in self.factors.layers}) as recorder:
+        with frozen(self.model), Recorder(_modules(self.model, self.factors)) as recorder:
             for rows in shard(batch_rows(total, each)):
                 name = f"{rows.start:012}-{rows.stop:012}"
                 read = "" if state.folder is None else corpus_digest(self.sequences, rows)
@@ -376,6 +377,11 @@ class Sweep:
         if self.by_layer:
             part["by_layer"] = torch.stack(shares, 2).cpu()
         return part
+
+
+def _modules(model: nn.Module, factors: Factors) -> dict[str, nn.Module]:
+    """The layers that the factors belong to."""
+    return {name: model.get_submodule(name) for name in factors.layers}
 
 
 def check_numbers(damping: float, batch_size: int) -> None:

@@ -65,6 +65,11 @@ def count(sequences: Mapping[str, Tensor]) -> int:
     return len(sequences) if _is_dataset(sequences) else _length("input_ids", sequences["input_ids"])
 
 
+def length_of(sequences: Mapping[str, Tensor]) -> int:
+    """T, the number of tokens of a sequence; 0 where there are none."""
+    return read_batch(sequences, slice(0, 1)).tokens.shape[1] if count(sequences) else 0
+
+
 def read_batch(sequences: Mapping[str, Tensor], rows: slice, device: torch.device | str = "cpu") -> Batch:
     """Some rows of the sequences, checked.
 
@@ -346,7 +351,7 @@ def _in_pieces(sequences: Mapping[str, Tensor]) -> Iterator[tuple[slice, Batch]]
         for each in _columns(sequences):
             if (own := _length(each, sequences[each])) != total:
                 raise ValueError(f"{each} has {own} rows, input_ids has {total}")
-    length = read_batch(sequences, slice(0, 1)).tokens.shape[1] if total else 0
+    length = length_of(sequences)
     for rows in batch_rows(total, max(AT_ONCE // max(length, 1), 1)):
         batch = read_batch(sequences, rows)
         if batch.tokens.shape[1] != length:
