@@ -1,9 +1,10 @@
-"""Meaning against overlap in Ladder (chapter 04): what the top of a ranking shares with the query, and whether removing it matters.
+"""Meaning against overlap in Ladder (chapter 04): what the top of a ranking shares with the query, and whether removing
+it matters.
 
 The contrast fixed beforehand is lift(T2) / lift(T0r), at the end of training and at the checkpoint where the query loss
-is nearest .5 nat: both tiers share the response word with the query and no other word; T2 also states its rule. It is a ratio
-of means over the queries of one seed. 1 is what matching of tokens gives. The mass ratio is the same with `meaning_mass` and
-`overlap_mass`.
+is nearest .5 nat: both tiers share the response word with the query and no other word; T2 also states its rule. It is a
+ratio of means over the queries of one seed. 1 is what matching of tokens gives. The mass ratio is the same with
+`meaning_mass` and `overlap_mass`.
 """
 
 from __future__ import annotations
@@ -61,10 +62,10 @@ def abstraction(
         two_sided: Lifts are of the largest |scores|.
 
     Returns:
-        T1 ... T5, the tier's lift; meaning_mass and overlap_mass, the share of the two-sided mass of the top held by T2 and T3, and
-        by T0r, T0a and T0e; precision, the share of the query's own rule (T1, T2, T3) among its k highest scores, and
-        shuffled_precision, the same share where the rule is another query's (mean over the queries of all other rules; nan where
-        there is none).
+        T1 ... T5, the tier's lift; meaning_mass and overlap_mass, the share of the two-sided mass of the top held by T2
+        and T3, and by T0r, T0a and T0e; precision, the share of the query's own rule (T1, T2, T3) among its k highest
+        scores, and shuffled_precision, the same share where the rule is another query's (mean over the queries of all
+        other rules; nan where there is none).
 
     Raises:
         UserError: Scores whose shape does not fit.
@@ -131,7 +132,8 @@ def mass_ratio(rows: pandas.DataFrame) -> Estimate:
 def top_decline(small: np.ndarray, large: np.ndarray, k: int = 10) -> np.ndarray:
     """Mean of each query's k highest scores in the small model over that in the large one: [Q], both [Q, N].
 
-    Both must score the same queries and sequences. nan where a query's highest scores in the large model are not positive.
+    Both must score the same queries and sequences. nan where a query's highest scores in the large model are not
+    positive.
     """
     small, large = np.asarray(small, float), np.asarray(large, float)
     if small.shape != large.shape or small.ndim != 2 or not 1 <= k <= small.shape[1]:
@@ -158,7 +160,8 @@ def declines(runs: Iterable[Trained]) -> pandas.DataFrame:
 def partial_rank(values: np.ndarray, concept: np.ndarray, overlap: np.ndarray) -> np.ndarray:
     """Rank correlation of each query's scores with `concept`, given `overlap`: [Q] in [-1, 1], all three [Q, N].
 
-    Partial Spearman correlation (r_vc - r_vo r_co) / sqrt((1 - r_vo^2)(1 - r_co^2)); nan where one of them does not vary.
+    Partial Spearman correlation (r_vc - r_vo r_co) / sqrt((1 - r_vo^2)(1 - r_co^2)); nan where one of them does not
+    vary.
     """
     from scipy.stats import rankdata
 
@@ -187,7 +190,8 @@ def at_half_nat(run: Trained, path: Sequence[float]) -> float:
 
 
 def index_and_accuracy(along: pandas.DataFrame, answers: pandas.DataFrame) -> pandas.DataFrame:
-    """The index and the accuracy on all queries (`correct`) of every seed, size and checkpoint; `answers` as `snapped` gives them."""
+    """The index and the accuracy on all queries (`correct`) of every seed, size and checkpoint; `answers` as `snapped`
+    gives them."""
     by = ["seed", "size", "fraction"]
     means = along.groupby(by)[INDEX].mean()
     points = (means["T2"] / means["T0r"]).rename("index").reset_index()
@@ -207,8 +211,8 @@ def correlation(points: pandas.DataFrame, column: str, given: str) -> Estimate:
 def removal(base: Iterable[Trained], again: Iterable[Trained]) -> pandas.DataFrame:
     """Change of log p (nats) when documents were dropped: one row per model and combination of rule and response word.
 
-    Queries of one combination lose the same documents, so the combination is the unit; what the dropped tier carries is the
-    change of treated combinations less that of the others.
+    Queries of one combination lose the same documents, so the combination is the unit; what the dropped tier carries is
+    the change of treated combinations less that of the others.
 
     Returns:
         arm, size, seed, combination, change (the mean over the combination's queries), treated.
@@ -249,7 +253,8 @@ def read_text(run: Trained, score: str) -> pandas.DataFrame:
 
 
 def shown_query(end: pandas.DataFrame, run: Trained) -> tuple[int, dict[int, str]]:
-    """A query in whose top a model has more of its own rule than three quarters of the others have, and the tier of each sequence."""
+    """A query in whose top a model has more of its own rule than three quarters of the others have, and the tier of
+    each sequence."""
     scan = run.scan()
     own = end[(end["size"] == run.parameters) & (end["seed"] == run.seed)]["T2"].to_numpy()
     query = int(np.argsort(own, kind="stable")[len(own) * 3 // 4])

@@ -1,13 +1,13 @@
-"""What influence costs, and what the shortcuts lose (chapter 10): EK-FAC beside LiSSA, queries at low rank, curvature in diagonal
-blocks, and a filter by words before the scan.
+"""What influence costs, and what the shortcuts lose (chapter 10): EK-FAC beside LiSSA, queries at low rank, curvature
+in diagonal blocks, and a filter by words before the scan.
 
-Work is counted in *sequence gradients*: one forward and backward pass of one sequence, 3 W L multiplications for a model of W
-weights (head included, embeddings not) and L positions. Everything else is counted in multiplications and divided by that.
-Seconds belong to a machine; work does not.
+Work is counted in *sequence gradients*: one forward and backward pass of one sequence, 3 W L multiplications for a
+model of W weights (head included, embeddings not) and L positions. Everything else is counted in multiplications and
+divided by that. Seconds belong to a machine; work does not.
 
-The paper scored only the 10,000 sequences with the highest TF-IDF (Sec. 3.2.1; Eq 28 and 29) and found the unfiltered top 10
-among them for most queries (Sec. 5.2.2). Here every sequence of the scan is scored, so that what a filter would have lost is
-known, and so is what it is to the query.
+The paper scored only the 10,000 sequences with the highest TF-IDF (Sec. 3.2.1; Eq 28 and 29) and found the unfiltered
+top 10 among them for most queries (Sec. 5.2.2). Here every sequence of the scan is scored, so that what a filter would
+have lost is known, and so is what it is to the query.
 """
 
 from __future__ import annotations
@@ -65,14 +65,15 @@ def affordable_widths(profile: Profile, family: str) -> list[int]:
 def batching(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
     """Score some queries and sequences of a scan by every shortcut inside the estimate; write batching.parquet.
 
-    A row per query, method and setting: agreement (correlation with the scores of the whole), top (share of its ten most
-    influential that stay), stored (numbers kept over those of the whole). Methods: "rank" (query batching, setting is r),
-    "random" (the same r by a random projection in place of the best one), "blocks" (setting is O; stored counts the factors'
-    numbers), and "redrawn" (O = 1 fitted on other sequences and labels: what any fit leaves open). `share` is r / width;
-    `positions` how many positions the query's loss can reach, which bounds the rank of its gradient.
+    A row per query, method and setting: agreement (correlation with the scores of the whole), top (share of its ten
+    most influential that stay), stored (numbers kept over those of the whole). Methods: "rank" (query batching, setting
+    is r), "random" (the same r by a random projection in place of the best one), "blocks" (setting is O; stored counts
+    the factors' numbers), and "redrawn" (O = 1 fitted on other sequences and labels: what any fit leaves open). `share`
+    is r / width; `positions` how many positions the query's loss can reach, which bounds the rank of its gradient.
 
-    parameters: queries, sequences (how many), fit (sequences of each fit by blocks), blocks (the O beside 1), and an
-    extra's own.
+    Args:
+        parameters: queries, sequences (how many), fit (sequences of each fit by blocks), blocks (the O beside 1), and
+            an extra's own.
     """
     import torch
 
@@ -154,7 +155,8 @@ def numbers(factors: Factors) -> int:
 def projected(
     curvature: GaussNewton, queries: dict[str, Tensor], ranks: Iterable[int], seed: int
 ) -> dict[int, np.ndarray]:
-    """Scores [Q, N] of the curvature's sequences, every direction projected to a random subspace of each rank (nested ones).
+    """Scores [Q, N] of the curvature's sequences, every direction projected to a random subspace of each rank (nested
+    ones).
 
     The projection acts on the narrower side of each layer, so that the layer's full rank leaves the direction as it is.
     """
@@ -184,22 +186,25 @@ def projected(
 
 
 def cost(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
-    """Solve for some queries by EK-FAC, by LiSSA at many depths and to convergence; write cost, about and seconds.parquet.
+    """Solve for some queries by EK-FAC, by LiSSA at many depths and to convergence; write cost, about and
+    seconds.parquet.
 
-    All methods invert the same matrix: the Gauss-Newton matrix of one sample of training sequences, damped as EK-FAC damps it;
-    EK-FAC's factors are fitted on that sample.
+    All methods invert the same matrix: the Gauss-Newton matrix of one sample of training sequences, damped as EK-FAC
+    damps it; EK-FAC's factors are fitted on that sample.
 
-    cost.parquet, a row per query, method ("EK-FAC", "LiSSA", "gradient dot"), batch (LiSSA's minibatch) and depth: agreement
-    (correlation of the scores with those of the exact solution), alignment (cosine between the two in the norm of G + lambda),
-    residual |v - (G + lambda) x| / |v|, work (sequence gradients a query). about.parquet, one row a minibatch size: scale
-    (LiSSA's alpha), tuning (its work, once), fit and each (EK-FAC's work as the scan fitted it, and a query's), iterations of the
-    exact solution and growth of its energy over the last of them, weights. These two repeat to the byte. What a scale at which
-    LiSSA diverges cost is not counted. seconds.parquet: part ("fit" of EK-FAC on the sample, scaled up to the scan's own fit;
-    "query" of it; a LiSSA "step" a query), batch, seconds: medians over turns on the machine at hand, each turn timing every
-    part once.
+    cost.parquet, a row per query, method ("EK-FAC", "LiSSA", "gradient dot"), batch (LiSSA's minibatch) and depth:
+    agreement (correlation of the scores with those of the exact solution), alignment (cosine between the two in the
+    norm of G + lambda), residual |v - (G + lambda) x| / |v|, work (sequence gradients a query). about.parquet, one row
+    a minibatch size: scale (LiSSA's alpha), tuning (its work, once), fit and each (EK-FAC's work as the scan fitted it,
+    and a query's), iterations of the exact solution and growth of its energy over the last of them, weights. These two
+    repeat to the byte. What a scale at which LiSSA diverges cost is not counted. seconds.parquet: part ("fit" of EK-FAC
+    on the sample, scaled up to the scan's own fit; "query" of it; a LiSSA "step" a query), batch, seconds: medians over
+    turns on the machine at hand, each turn timing every part once.
 
-    parameters: queries, sequences (the sample), scored, batches, depth (most steps), draws, most, tolerance (label sets of
-    the exact solution's preconditioner, its most iterations, the growth at which it stops), turns, and an extra's own.
+    Args:
+        parameters: queries, sequences (the sample), scored, batches, depth (most steps), draws, most, tolerance (label
+            sets of the exact solution's preconditioner, its most iterations, the growth at which it stops), turns, and
+            an extra's own.
     """
     from influence_kit import models
     from influence_kit.engine.fitting import fit_ekfac
@@ -277,11 +282,12 @@ STAGES = {"batching": batching, "cost": cost}
 def ekfac_work(
     shapes: Sequence[Sequence[int]], weights: int, length: int, sequences: int, blocks: int = 1
 ) -> tuple[float, float]:
-    """(fit, each query) of EK-FAC, in sequence gradients; shapes: (P, M') of every tracked layer; blocks: O, of the paper's Appendix A.
+    """(fit, each query) of EK-FAC, in sequence gradients; shapes: (P, M') of every tracked layer; blocks: O, of the
+    paper's Appendix A.
 
     A fit is a pass over `sequences`, their covariances, rotations and squared gradients, L (2 P^2 + 2 M'^2 + P M')
-    multiplications a sequence and layer, and two eigendecompositions a layer. A query is a pass, the rotation of its gradient
-    into the eigenbasis and of the quotient out of it.
+    multiplications a sequence and layer, and two eigendecompositions a layer. A query is a pass, the rotation of its
+    gradient into the eigenbasis and of the quotient out of it.
     """
     one = 3 * weights * length
     each = sum(length * (2 * p * p / blocks + 2 * m * m / blocks + p * m) for p, m in shapes)
@@ -302,7 +308,8 @@ def total_work(fixed, each, queries):
 
 
 def crossover(fixed: float, each: float, rival_fixed: float, rival_each: float) -> float:
-    """The smallest number of queries, at least 1, from which on a method is cheaper than its rival; infinite if there is none."""
+    """The smallest number of queries, at least 1, from which on a method is cheaper than its rival; infinite if there
+    is none."""
     if each >= rival_each:
         return 1.0 if fixed + each < rival_fixed + rival_each and each == rival_each else math.inf
     exact = (fixed - rival_fixed) / (rival_each - each)
@@ -317,7 +324,8 @@ def top_shared(scores, reference, k: int = 10) -> np.ndarray:
 
 
 def written(kind: str, name: str, families: Mapping[str, Sequence[Trained]]) -> pandas.DataFrame:
-    """A table that the stage of this kind wrote, of all models that have it, with MODEL's columns. Raises UserError where none has."""
+    """A table that the stage of this kind wrote, of all models that have it, with MODEL's columns. Raises UserError
+    where none has."""
     import pandas
 
     made = [(family, run) for family, runs in families.items() for run in runs if (kind, 1.0) in run.planned.extra]
@@ -346,9 +354,9 @@ def at_rank(low: pandas.DataFrame, method: str, family: str, most: float) -> pan
 def smallest_rank(table: pandas.DataFrame, enough: float, by: Sequence[str] = MODEL) -> pandas.DataFrame:
     """The least rank at which the mean correlation over queries is at least `enough`, per model (columns `by`).
 
-    table: a row per query and rank, with rank, share (of the width), stored (share of the whole direction's numbers) and
-    agreement. Returns columns `by`, rank, share, stored; a model that never gets there keeps its largest rank and inf as
-    share and stored.
+    table: a row per query and rank, with rank, share (of the width), stored (share of the whole direction's numbers)
+    and agreement. Returns columns `by`, rank, share, stored; a model that never gets there keeps its largest rank and
+    inf as share and stored.
     """
     import pandas
 
@@ -365,7 +373,8 @@ def smallest_rank(table: pandas.DataFrame, enough: float, by: Sequence[str] = MO
 
 
 def depth_needed(table: pandas.DataFrame, column: str, above: float | None = None, below: float | None = None) -> float:
-    """The first depth from which on the mean of `column` over queries stays at or above `above` (or at or below `below`).
+    """The first depth from which on the mean of `column` over queries stays at or above `above` (or at or below
+    `below`).
 
     table: a row per query and depth. inf where it never does.
     """
@@ -385,11 +394,12 @@ def speed_up(
 ) -> dict[str, float]:
     """What one model's queries cost by LiSSA and by EK-FAC, from the three tables of the stage `cost`.
 
-    LiSSA runs with the minibatch size and to the depth that make it cheapest while its solution is as near to the exact one as
-    EK-FAC's (by alignment), or, given `residual`, until |v - (G + lambda) x| / |v| is at most that. Returns batch, depth,
-    reached (False: no depth tried suffices, and the largest stands in, so that costs are lower bounds), fit and each (EK-FAC's
-    work), lissa_fit (its tuning) and lissa_each; crossover (queries from which on EK-FAC is cheaper), speedup and
-    seconds_speedup (log10 of LiSSA's cost over EK-FAC's at that many queries, in work and in seconds); alignment, that of EK-FAC.
+    LiSSA runs with the minibatch size and to the depth that make it cheapest while its solution is as near to the exact
+    one as EK-FAC's (by alignment), or, given `residual`, until |v - (G + lambda) x| / |v| is at most that. Returns
+    batch, depth, reached (False: no depth tried suffices, and the largest stands in, so that costs are lower bounds),
+    fit and each (EK-FAC's work), lissa_fit (its tuning) and lissa_each; crossover (queries from which on EK-FAC is
+    cheaper), speedup and seconds_speedup (log10 of LiSSA's cost over EK-FAC's at that many queries, in work and in
+    seconds); alignment, that of EK-FAC.
     """
     of = {method: rows for method, rows in costs.groupby("method")}
     goal = float(of["EK-FAC"]["alignment"].mean())
@@ -427,7 +437,8 @@ def speed_ups(tables: Sequence[pandas.DataFrame], queries: int, residual: float 
 
 
 def work_by_queries(speeds: Mapping[str, pandas.DataFrame], family: str) -> Iterator[dict]:
-    """Work in all of EK-FAC, and of LiSSA by each rule, in a family's largest model, for one query to a thousand: lines of a table."""
+    """Work in all of EK-FAC, and of LiSSA by each rule, in a family's largest model, for one query to a thousand: lines
+    of a table."""
     bills = [("EK-FAC", next(iter(speeds)), "fit", "each")]
     bills += [(f"LiSSA, {rule}", rule, "lissa_fit", "lissa_each") for rule in speeds]
     for method, rule, fixed, each in bills:
@@ -453,14 +464,17 @@ def bills(speeds: Mapping[str, pandas.DataFrame], seconds: pandas.DataFrame, fam
             "cheaper from … queries": f"{rows['crossover'].max():,.0f}",
             "EK-FAC, this machine": f"{clock['fit']:.2f} s + {1000 * clock['query']:.2f} ms a query",
             "LiSSA, this machine": f"{least}{mean['depth'] * clock['step']:.2f} s a query",
-            "times cheaper": f"{least}{10 ** mean['speedup']:,.0f} in work, {least}{10 ** mean['seconds_speedup']:,.0f} in seconds",
+            "times cheaper, in work": f"{least}{10 ** mean['speedup']:,.0f}",
+            "times cheaper, in seconds": f"{least}{10 ** mean['seconds_speedup']:,.0f}",
         }
 
 
 def survival(lexical, k: int) -> np.ndarray:
-    """Probability [Q, N] that each sequence is among the k with the highest lexical score [Q, N], ties broken at random.
+    """Probability [Q, N] that each sequence is among the k with the highest lexical score [Q, N], ties broken at
+    random.
 
-    Word overlap ties often (a word-level world has few distinct scores), and an order of ties would be an answer made up.
+    Word overlap ties often (a word-level world has few distinct scores), and an order of ties would be an answer made
+    up.
     """
     return _share_kept(*_places(lexical), k)
 
@@ -481,7 +495,8 @@ def _share_kept(above: np.ndarray, level: np.ndarray, k: int) -> np.ndarray:
 def _all_kept(above: np.ndarray, level: np.ndarray, members: np.ndarray, k: int) -> np.ndarray:
     """Probability [Q] that all of a query's `members` (bool [Q, N]) are among the k.
 
-    Where s of m tied sequences find room, j members among them all do with probability s (s - 1) ... / m (m - 1) ... (j factors).
+    Where s of m tied sequences find room, j members among them all do with probability s (s - 1) ... / m (m - 1) ... (j
+    factors).
     """
     kept, found = _share_kept(above, level, k), []
     tied = members & (kept > 0) & (kept < 1)
@@ -514,8 +529,9 @@ def prefilter(
         k: Sequences of the full scan's top.
 
     Returns:
-        Columns query, share, relation, top (sequences of that relation in the top k), kept (how many of them the filter keeps, as
-        expected where lexical scores tie), whole (probability that the whole top k is kept; of relation "all" only).
+        Columns query, share, relation, top (sequences of that relation in the top k), kept (how many of them the filter
+        keeps, as expected where lexical scores tie), whole (probability that the whole top k is kept; of relation "all"
+        only).
     """
     import pandas
 
@@ -568,7 +584,8 @@ def by_relation(recalls: pandas.DataFrame, family: str) -> pandas.DataFrame:
 
 
 def recall_lost(recalls: pandas.DataFrame, family: str, first: Sequence[str], second: Sequence[str]) -> Estimate:
-    """Recall of some relations minus that of others in a family's largest model, over the seeds that have both in some top."""
+    """Recall of some relations minus that of others in a family's largest model, over the seeds that have both in some
+    top."""
     rows = largest_of(recalls, family)
     a, b = (rows[rows["relation"].isin(names) & (rows["top"] > 0)] for names in (first, second))
     common = set(a["seed"]) & set(b["seed"])
@@ -577,7 +594,8 @@ def recall_lost(recalls: pandas.DataFrame, family: str, first: Sequence[str], se
 
 
 def most_lost(run: Trained, share: float, k: int) -> tuple[int, float, dict[int, str]]:
-    """The query whose top k a filter by words hurts most, how many of them it keeps, and what becomes of every sequence in a word."""
+    """The query whose top k a filter by words hurts most, how many of them it keeps, and what becomes of every sequence
+    in a word."""
     scan = run.scan()
     kept = pick(prefilter(run.world, scan.raw, scan.rows, scan.queries, (share,), k=k), relation=ALL)["kept"].to_numpy()
     query = int(kept.argmin())

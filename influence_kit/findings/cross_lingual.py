@@ -1,7 +1,8 @@
-"""What crosses from one language to another (chapter 05): lifts of supporters in Atlas, ranks of translations in real text.
+"""What crosses from one language to another (chapter 05): lifts of supporters in Atlas, ranks of translations in real
+text.
 
-X is the lift of documents that state the asked fact in the other language, over that of documents in the query's own. 0: nothing
-crosses; 1: language does not matter.
+X is the lift of documents that state the asked fact in the other language, over that of documents in the query's own.
+0: nothing crosses; 1: language does not matter.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def tier_lifts(
         top: Share of the scan.
 
     Returns:
-        Columns other (states the fact in the other language), own (in the query's language), namesake (other language, same
-        entity, another fact), asked (language 0 or 1).
+        Columns other (states the fact in the other language), own (in the query's language), namesake (other language,
+        same entity, another fact), asked (language 0 or 1).
     """
     import pandas
 
@@ -66,8 +67,9 @@ def translation_ranks(world: World, values: np.ndarray, rows: np.ndarray, k: int
         k: The highest scores whose recall is read.
 
     Returns:
-        Columns asked, language, auc, recall (at k), the same for IDF-weighted token overlap (overlap_auc, overlap_recall),
-        chance_recall, and shares (the pair has a token in common that fewer than 5 % of the scanned sequences have).
+        Columns asked, language, auc, recall (at k), the same for IDF-weighted token overlap (overlap_auc,
+        overlap_recall), chance_recall, and shares (the pair has a token in common that fewer than 5 % of the scanned
+        sequences have).
     """
     import pandas
 
@@ -112,8 +114,8 @@ def loss_at(answers: pandas.DataFrame, size: int, fraction: float) -> float:
 
 
 def x_and_transfer(along: pandas.DataFrame, answers: pandas.DataFrame) -> pandas.DataFrame:
-    """X and the accuracy on facts stated only in the other language (`correct`) of every size, seed and checkpoint; `answers` as
-    `snapped` gives them."""
+    """X and the accuracy on facts stated only in the other language (`correct`) of every size, seed and checkpoint;
+    `answers` as `snapped` gives them."""
     by = ["size", "seed", "fraction"]
     means = along.groupby(by)[X].mean()
     points = (means["other"] / means["own"]).rename("x").reset_index()
@@ -122,21 +124,23 @@ def x_and_transfer(along: pandas.DataFrame, answers: pandas.DataFrame) -> pandas
 
 
 def lost(base: Iterable[Trained], again: Iterable[Trained], fraction: float) -> pandas.DataFrame:
-    """Change of log p (nats) of facts that both languages state, by whether a fact lost its statements (`treated`), at the checkpoint
-    nearest a fraction of training."""
+    """Change of log p (nats) of facts that both languages state, by whether a fact lost its statements (`treated`), at
+    the checkpoint nearest a fraction of training."""
     found = pick(changed_answers(base, again, fraction), kind="fact", availability="both")
     return found[["treated", "language", "change", "size", "seed"]].assign(fraction=fraction)
 
 
 def read_text(run: Trained, score: str, k: int, fraction: float) -> pandas.DataFrame:
-    """`translation_ranks` of a model of real text in one form of the score, at a checkpoint, with its held-out loss there."""
+    """`translation_ranks` of a model of real text in one form of the score, at a checkpoint, with its held-out loss
+    there."""
     scan = run.scan(fraction)
     found = translation_ranks(run.world, getattr(scan, score), scan.rows, k)
     return found.assign(size=run.parameters, seed=run.seed, fraction=fraction, loss=run.held_out_loss(fraction))
 
 
 def auc_by_size(rows: pandas.DataFrame) -> Iterator[dict]:
-    """AUC of influence and of token overlap by size, for all pairs and for those that share no rare token: lines of a table."""
+    """AUC of influence and of token overlap by size, for all pairs and for those that share no rare token: lines of a
+    table."""
     for name, part in (("all pairs", rows), ("no shared rare token", rows[~rows["shares"]])):
         for label, column in (("influence", "auc"), ("token overlap", "overlap_auc")):
             for size, at in part.groupby("size"):

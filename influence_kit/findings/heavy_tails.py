@@ -132,8 +132,8 @@ def fit_tail(values, top: int = 500) -> Tail:
 def ks_p_value(tail: Tail, draws: int = 1000, seed: int = 0) -> float:
     """Probability that a true power law would lie at least as far from its own fit as the data do.
 
-    Parametric bootstrap (Clauset et al., section 4.1): simulate the fitted tail, fit it again, compare KS distances. Below
-    .1 the power law is rejected by their convention. The smallest possible result is 1 / (draws + 1).
+    Parametric bootstrap (Clauset et al., section 4.1): simulate the fitted tail, fit it again, compare KS distances.
+    Below .1 the power law is rejected by their convention. The smallest possible result is 1 / (draws + 1).
     """
     simulated = _simulated_distances(tail.count, draws, seed)
     return float((1 + (simulated >= tail.ks).sum()) / (draws + 1))
@@ -313,8 +313,8 @@ def ordered(frames: Iterable[pandas.DataFrame]) -> pandas.DataFrame:
 
 
 def measured(models: Sequence[Trained], seeds: Iterable[int], top: int, tested: int, draws: int) -> pandas.DataFrame:
-    """`table_of` every scan of the models, and of random numbers as many as each corpus has; `x gaussian` and `x laplace` are
-    the share of the top 1 % over that of such numbers."""
+    """`table_of` every scan of the models, and of random numbers as many as each corpus has; `x gaussian` and `x
+    laplace` are the share of the top 1 % over that of such numbers."""
     first = {run.corpus: run for run in reversed(models)}
     read = ((about, values) for run in models for about, values, _ in scans(run))
     drawn = (scan for short, run in first.items() for scan in random_scans(CORPORA[short], run.scan().raw.shape, seeds))
@@ -396,7 +396,7 @@ def _lines(rows: pandas.DataFrame, line) -> pandas.DataFrame:
 
 
 def series(rows: pandas.DataFrame, corpus: str) -> pandas.DataFrame:
-    """What a figure compares: raw influence of all models and RelatIF of the trained ones, the paper's setting first."""
+    """What figures compare: raw influence of all models and RelatIF of trained ones, the paper's setting first."""
     found = rows[(rows["corpus"] == corpus) & ((rows["score"] != "RelatIF") | (rows["model"] == "trained"))].copy()
     found["scores"] = np.where(found["score"] == "random", found["model"], found["model"] + ", " + found["score"])
     found["largest"] = found["parameters"] == found.groupby("scores")["parameters"].transform("max")
@@ -444,8 +444,8 @@ def contents(run: Trained) -> Iterator[pandas.DataFrame]:
 
 
 def left_out(run: Trained) -> pandas.DataFrame:
-    """Nats that each asked query loses by its own strongest sequences (one, a percent, a tenth of them), and what influence
-    foretells, one row a query."""
+    """Nats that each asked query loses by its own strongest sequences (one, a percent, a tenth of them), and what
+    influence foretells, one row a query."""
     import pandas
     from safetensors.numpy import load_file
 
@@ -469,7 +469,8 @@ def ask(
     gates: Sequence[Claim] = (),
     **rule,
 ) -> str:
-    """Claim what `measure` gives of raw influence, and put the claim into words beside what its rule would say of RelatIF."""
+    """Claim what `measure` gives of raw influence, and put the claim into words beside what its rule would say of
+    RelatIF."""
     raw, relatif = measure("raw"), measure("RelatIF")
     made = chapter.claim(id, claim, paper, raw, unit, gates=gates, **rule)
     other, _ = judge(relatif, gates=gates, **rule)
@@ -486,9 +487,9 @@ def in_short(rows: pandas.DataFrame, corpus: str, top: int) -> str:
     gaussian, laplace = (mean(of(rows, corpus, kind, "random"), "density").value for kind in ("Gaussian", "Laplace"))
     return (
         f"At {size_of(parameters)} parameters the top {tail_length(n, top)} of {n:,} scores have a density exponent of "
-        f"{mean(part, 'density')} (Gaussian numbers {gaussian:.2f}, Laplace {laplace:.2f}); the top 1 % of the sequences hold a "
-        f"share of {mean(part, 'top 1 %')} of the positive influence, {mean(part, 'x gaussian')} times what Gaussian numbers "
-        f"give and {mean(of(rows, corpus, 'untrained'), 'top 1 %')} in the same model before training."
+        f"{mean(part, 'density')} (Gaussian numbers {gaussian:.2f}, Laplace {laplace:.2f}); the top 1 % of the "
+        f"sequences hold a share of {mean(part, 'top 1 %')} of the positive influence, {mean(part, 'x gaussian')} times "
+        f"what Gaussian numbers give and {mean(of(rows, corpus, 'untrained'), 'top 1 %')} in the same model before training."
     )
 
 
@@ -507,16 +508,17 @@ def ten_strongest(inside: pandas.DataFrame, score: str) -> str:
 
 
 def example(rows: pandas.DataFrame, models: Sequence[Trained], short: str, which: str) -> tuple[Trained, int, str]:
-    """A query of the largest model's first run by its exponent ("heaviest" or "median"): the run, the query, and a sentence of it."""
+    """A query of the largest model's first run by its exponent ("heaviest" or "median"): the run, the query, and a
+    sentence of it."""
     base = [run for run in models if (run.corpus, run.arm) == (short, "base")]
     run = max(base, key=lambda run: (run.parameters, -run.seed))
     part = pick(of(rows, CORPORA[short]), seed=run.seed).sort_values("density", kind="stable")
     row = part.iloc[{"heaviest": 0, "median": len(part) // 2}[which]]
     ten = coverage(run.scan().raw[row["query"]], [10 / row["sequences"]])[0]
     words = (
-        f"On {CORPORA[short]} ({size_of(run.parameters)} parameters, seed {run.seed}) the query with the {which} tail has "
-        f"a density exponent of {row['density']:.2f}. Of {row['sequences']:,} sequences the ten strongest hold {ten:.1%} of "
-        f"its positive influence, the strongest alone {row['strongest']:.1%} (median over queries "
+        f"On {CORPORA[short]} ({size_of(run.parameters)} parameters, seed {run.seed}) the query with the {which} tail "
+        f"has a density exponent of {row['density']:.2f}. Of {row['sequences']:,} sequences the ten strongest hold "
+        f"{ten:.1%} of its positive influence, the strongest alone {row['strongest']:.1%} (median over queries "
         f"{part['strongest'].median():.1%})."
     )
     return run, row["query"], words

@@ -1,5 +1,5 @@
-"""Is EK-FAC right here, and what does the simplest thing get? Scores of EK-FAC and of its rivals beside two referees: proximal
-Bregman responses, and models trained again."""
+"""Is EK-FAC right here, and what does the simplest thing get? Scores of EK-FAC and of its rivals beside two referees:
+proximal Bregman responses, and models trained again."""
 
 from __future__ import annotations
 
@@ -64,12 +64,14 @@ def middle_width(profile: Profile, world: str) -> list[int]:
 
 def rivals(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
     """Write scores.safetensors: one tensor [Q, N] a method, numbered as in methods.json (a list of names), rows [N] and
-    queries [Q] (positions in the world's tables); and seconds.parquet (method, seconds: of everything the method does, on the
-    machine at hand; the only numbers here that do not repeat).
+    queries [Q] (positions in the world's tables); and seconds.parquet (method, seconds: of everything the method does,
+    on the machine at hand; the only numbers here that do not repeat).
 
-    parameters: sample (sequences that curvature is taken from), sequences (scored; a world's own `scan` column goes first),
-    exact (also solve with the Gauss-Newton matrix itself), dampings, fits, fractions (of training: EK-FAC's variants),
-    lissa (depth, minibatch), tracin (fractions of training), model (of the stage that trained it), and an extra's own.
+    Args:
+        parameters: sample (sequences that curvature is taken from), sequences (scored; a world's own `scan` column goes
+            first), exact (also solve with the Gauss-Newton matrix itself), dampings, fits, fractions (of training:
+            EK-FAC's variants), lissa (depth, minibatch), tracin (fractions of training), model (of the stage that
+            trained it), and an extra's own.
     """
     import torch
     from safetensors.torch import save_file
@@ -117,7 +119,7 @@ def scored(world: World, parameters: dict) -> np.ndarray:
 
 
 def setting_of(world: World, parameters: dict, trained: Path, kept: Path) -> Setting:
-    """What methods get, the same for all stages that are told the same parameters; EK-FAC's factors are kept at `kept`."""
+    """What methods get, the same for all stages told the same parameters; EK-FAC's factors are kept at `kept`."""
     from influence_kit import models
     from influence_kit.engine.factors import Factors
     from influence_kit.referees.rivals import Setting
@@ -147,12 +149,16 @@ def setting_of(world: World, parameters: dict, trained: Path, kept: Path) -> Set
 
 
 def response(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
-    """Solve for the response to one more copy, in the whole corpus, of each of some sequences: half of them those that EK-FAC calls the most
-    influential on some query, half at random. Write response.safetensors: log_p [M, Q] (nats at eps = 1), places int64 [M]
-    (columns of the rivals' scores), queries int64 [Q]; solved.parquet: place, gradient (left of it), evaluations.
+    """Solve for the response to one more copy, in the whole corpus, of each of some sequences: half of them those that
+    EK-FAC calls the most influential on some query, half at random. Write response.safetensors: log_p [M, Q] (nats at
+    eps = 1), places int64 [M] (columns of the rivals' scores), queries int64 [Q]; solved.parquet: place, gradient (left
+    of it), evaluations.
 
-    parameters: those of `rivals`, of which it needs the same sample; responses (M), tolerance, and an extra's own.
-    A response that does not converge is none: nan, and what was left of its gradient says so. Each is kept as soon as it is there.
+    A response that does not converge is none: nan, and what was left of its gradient says so. Each is kept as soon as
+    it is there.
+
+    Args:
+        parameters: those of `rivals`, of which it needs the same sample; responses (M), tolerance, and an extra's own.
     """
     import torch
     from safetensors.torch import save_file
@@ -197,8 +203,8 @@ def responded(
 
 
 def chosen(scores: torch.Tensor, number: int, seed: int) -> np.ndarray:
-    """Columns int64 [number] of scores [Q, N]: for a half of them, queries in turn and the largest |score| that is not taken yet,
-    the rest at random."""
+    """Columns int64 [number] of scores [Q, N]: for a half of them, queries in turn and the largest |score| that is not
+    taken yet, the rest at random."""
     order, taken = scores.abs().argsort(dim=1, descending=True, stable=True).numpy(), []
     for turn in range(number // 2):
         row = order[turn % len(order)]
@@ -209,11 +215,12 @@ def chosen(scores: torch.Tensor, number: int, seed: int) -> np.ndarray:
 
 
 def bank(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
-    """Train the model again on random halves, in the same order; write bank.safetensors: members bool [S, N] (which sequences
-    each half holds), log_p [S, R, Q] (nats, of the scored queries, for each of R training seeds, the model's own first),
-    queries int64 [Q] (their positions in the world's table), whole [Q] (the model's own log_p).
+    """Train the model again on random halves, in the same order; write bank.safetensors: members bool [S, N] (which
+    sequences each half holds), log_p [S, R, Q] (nats, of the scored queries, for each of R training seeds, the model's
+    own first), queries int64 [Q] (their positions in the world's table), whole [Q] (the model's own log_p).
 
-    parameters: model (those of the stage that trained it), subsets, repeats, seed, and an extra's own.
+    Args:
+        parameters: model (those of the stage that trained it), subsets, repeats, seed, and an extra's own.
     """
     import torch
     from safetensors.torch import save_file
@@ -233,15 +240,19 @@ def bank(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None
 
 
 def reweighted(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
-    """For some scored queries and each of some counts, change the weight of that many of the most influential sequences and train again,
-    in the same order: left *out*, weak sequences stand in their places; *doubled*, they stand in the places of those weak ones too.
+    """For some scored queries and each of some counts, change the weight of that many of the most influential sequences
+    and train again, in the same order: left *out*, weak sequences stand in their places; *doubled*, they stand in the
+    places of those weak ones too.
 
-    Writes reweighted.safetensors: log_p [2, K, C, R, Q] (nats, of the scored queries, by WAYS, for each of R training seeds, the
-    model's own first), whole [R, Q] (the same after training on the corpus as it is), predicted [2, K, C, Q] (nats, what influence
-    foretells of such a change), asked int64 [K] (which of the Q queries it was done for), counts int64 [C].
+    Writes reweighted.safetensors: log_p [2, K, C, R, Q] (nats, of the scored queries, by WAYS, for each of R training
+    seeds, the model's own first), whole [R, Q] (the same after training on the corpus as it is), predicted [2, K, C, Q]
+    (nats, what influence foretells of such a change), asked int64 [K] (which of the Q queries it was done for), counts
+    int64 [C].
 
-    parameters: model (those of the stage that trained it), queries, counts, repeats, seed, and an extra's own. Weak sequences are drawn
-    from the half of the scan with the least influence on the query.
+    Weak sequences are drawn from the half of the scan with the least influence on the query.
+
+    Args:
+        parameters: model (those of the stage that trained it), queries, counts, repeats, seed, and an extra's own.
     """
     import torch
     from safetensors.torch import load_file, save_file
@@ -277,8 +288,8 @@ def reweighted(parameters: dict, inputs: dict[str, Path], out: Path, progress) -
 
 
 def strongest_and_weak(values: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the `count` highest of a query's scores [N], and of as many weak ones: drawn from the N / 2 of the others with the smallest
-    absolute values. Raises UserError where half of N is fewer."""
+    """Positions of the `count` highest of a query's scores [N], and of as many weak ones: drawn from the N / 2 of the
+    others with the smallest absolute values. Raises UserError where half of N is fewer."""
     if not 1 <= count <= len(values) // 2:
         raise UserError(
             f"{count} sequences cannot be left out of {len(values)}: give a count between 1 and half of them"
@@ -298,8 +309,8 @@ STAGES = {
 
 
 def lds(scores, members, outputs) -> np.ndarray:
-    """Linear datamodelling score (Park et al. 2023): Spearman's correlation, over subsets of the corpus, of the summed scores
-    of a subset's sequences with what a model retrained on the subset says.
+    """Linear datamodelling score (Park et al. 2023): Spearman's correlation, over subsets of the corpus, of the summed
+    scores of a subset's sequences with what a model retrained on the subset says.
 
     Args:
         scores: Any method's [Q, N]; nats or not, only the order of sums counts.
@@ -315,7 +326,8 @@ def lds(scores, members, outputs) -> np.ndarray:
     scores, members, outputs = np.asarray(scores, float), np.asarray(members, float), np.asarray(outputs, float)
     if scores.ndim != 2 or members.shape[1:] != scores.shape[1:] or outputs.shape != (len(members), len(scores)):
         raise UserError(
-            f"Scores have shape {scores.shape}, members {members.shape} and outputs {outputs.shape}; give [Q, N], [S, N] and [S, Q]."
+            f"Scores have shape {scores.shape}, members {members.shape} and outputs {outputs.shape}; give [Q, N], "
+            "[S, N] and [S, Q]."
         )
     if len(members) < 3:
         raise UserError(f"{len(members)} subsets are too few for a rank correlation; retrain on more.")
@@ -323,7 +335,8 @@ def lds(scores, members, outputs) -> np.ndarray:
 
 
 def slopes(truth, scores) -> np.ndarray:
-    """Slope of the truth on the scores through zero, row by row, [Q]: what a score in nats has to be multiplied with to be right.
+    """Slope of the truth on the scores through zero, row by row, [Q]: what a score in nats has to be multiplied with to
+    be right.
 
     1 for an estimate on the right scale; below 1 where it exaggerates. nan where all scores of a row are 0.
     """
@@ -333,7 +346,8 @@ def slopes(truth, scores) -> np.ndarray:
 
 
 def found_at(scores, planted, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """(precision, recall) [Q] of the planted sequences, bool [Q, N], among each query's k highest scores; nan for queries that have none.
+    """(precision, recall) [Q] of the planted sequences, bool [Q, N], among each query's k highest scores; nan for
+    queries that have none.
 
     Recall is over min(k, number planted), so that a perfect ranking has 1.
     """
@@ -423,7 +437,8 @@ def responses_of(run: Trained) -> tuple[np.ndarray, np.ndarray]:
 
 
 def judged(run: Trained) -> Iterator[pandas.DataFrame]:
-    """How every method's scores agree with the proximal responses, over the sequences that were solved for: r, rho, slope."""
+    """How every method's scores agree with the proximal responses, over the sequences that were solved for: r, rho,
+    slope."""
     import pandas
 
     responses, places = responses_of(run)
@@ -482,7 +497,8 @@ def mistaken(run: Trained) -> pandas.DataFrame:
 
 
 def foreseen(run: Trained) -> Iterator[pandas.DataFrame]:
-    """How well EK-FAC foresees what became of each query when strong sequences were left out or doubled, by way and count."""
+    """How well EK-FAC foresees what became of each query when strong sequences were left out or doubled, by way and
+    count."""
     import pandas
 
     found = _reweighted_of(run)
@@ -525,8 +541,8 @@ def searched(run: Trained, world: str, k: int) -> Iterator[pandas.DataFrame]:
 
 
 def bills(runs: list[Trained]) -> pandas.Series:
-    """Seconds of every method over those of plain gradient products, the median over models; what costs nothing beside another
-    method, or says nothing, is left out."""
+    """Seconds of every method over those of plain gradient products, the median over models; what costs nothing beside
+    another method, or says nothing, is left out."""
     import pandas
 
     free = ("RelatIF", "cosine", "EK-FAC, ", "random", "representations")
@@ -543,7 +559,8 @@ def damping_of(method: str, own: float) -> float:
 
 
 def most_solved(run: Trained) -> tuple[int, dict[int, str]]:
-    """The query with most proximal responses among its five highest scores, and the response to each solved sequence in words."""
+    """The query with most proximal responses among its five highest scores, and the response to each solved sequence in
+    words."""
     (responses, places), scan = responses_of(run), run.scan(kind=None)
     solved = [len({*row.argsort()[::-1][:5].tolist()} & {*places.tolist()}) for row in scan.raw]
     query = int(np.argmax(solved))

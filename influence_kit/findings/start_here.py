@@ -42,7 +42,7 @@ def tiers(world: World, scan: Scanned) -> dict[str, np.ndarray]:
 def lifts(
     tiers: Mapping[str, np.ndarray], rankings: Mapping[str, np.ndarray], seed: int, usable: np.ndarray | bool = True
 ) -> pandas.DataFrame:
-    """Lift of each tier in the top 1 % of each ranking, scores [Q, N], a row a query; nan where a query is not usable."""
+    """Lift of each tier in the top 1 % of each ranking, scores [Q, N], a row a query; nan where it is not usable."""
     import pandas
 
     return pandas.concat(
@@ -55,8 +55,8 @@ def lifts(
 
 
 def wrong_answers(world: World, queries: np.ndarray) -> pandas.DataFrame:
-    """Of some queries of Atlas: the token of the answer, its place in the row, and a wrong answer, which is the next different one
-    of the same kind of question, and the right one where a kind has but one answer."""
+    """Of some queries of Atlas: the token of the answer, its place in the row, and a wrong answer, which is the next
+    different one of the same kind of question, and the right one where a kind has but one answer."""
     asks = world.queries.select(["fact", "language"]).to_pandas()
     tokens = batch_of(world.queries)
     asks["place"] = tokens["loss_mask"].int().argmax(1).numpy()
@@ -85,8 +85,8 @@ def wrong_scores(run: Trained, scan: Scanned, asks: pandas.DataFrame) -> np.ndar
 
 
 def middling(at_end: pandas.DataFrame, own: np.ndarray) -> int:
-    """The query of the first language whose loss is nearest half a nat, of those with ten supporters in the scan (or the most there
-    are): a fact that is known perfectly leaves almost no gradient to read."""
+    """The query of the first language whose loss is nearest half a nat, of those with ten supporters in the scan (or
+    the most there are): a fact that is known perfectly leaves almost no gradient to read."""
     first_language = at_end["language"].to_numpy() == 0
     stated = own.sum(1) >= min(10, own[first_language].sum(1).max())
     return int(np.argmin(np.where(stated & first_language, np.abs(-at_end["log_p"].to_numpy() - 0.5), np.inf)))
@@ -114,7 +114,8 @@ def first_ten(
     asks: pandas.DataFrame,
     others: Mapping[str, np.ndarray],
 ) -> pandas.DataFrame:
-    """The ten most influential sequences of a query, with what was planted in them, and where other rankings [Q, N] put them."""
+    """The ten most influential sequences of a query, with what was planted in them, and where other rankings [Q, N] put
+    them."""
     import pandas
 
     from influence_kit.reading.words import token_texts

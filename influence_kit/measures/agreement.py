@@ -8,7 +8,8 @@ from influence_kit.errors import UserError
 
 
 def own_effects(log_p, asked) -> np.ndarray:
-    """What its own strongest sequences do to a query when they are left out or doubled, beyond what those of other queries do.
+    """What its own strongest sequences do to a query when they are left out or doubled, beyond what those of other
+    queries do.
 
     Args:
         log_p: Nats [K, C, R, Q], of all Q queries after training again, for what is strongest on each of the K queries

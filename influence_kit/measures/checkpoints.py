@@ -1,4 +1,5 @@
-"""Which checkpoint of a model is read. A kept one lies at a whole step, next to the fraction of training that was asked for."""
+"""Which checkpoint of a model is read. A kept one lies at a whole step, next to the fraction of training that was asked
+for."""
 
 from __future__ import annotations
 
@@ -23,10 +24,11 @@ def snapped(answers: pandas.DataFrame, fractions: Iterable[float]) -> pandas.Dat
 
 
 def half_nat(answers: pandas.DataFrame, fractions: Iterable[float], nats: float = 0.5) -> float:
-    """The fraction of training, one of those given, at which the mean loss of the queries in `answers` is nearest `nats`.
+    """The fraction of training, one of those given, at which the mean loss of the queries in `answers` is nearest
+    `nats`.
 
-    answers: fraction, log_p (nats), a row for each query and checkpoint. Of equally near ones the earliest; the untrained model
-    counts not. Raises UserError where none of the fractions was kept.
+    answers: fraction, log_p (nats), a row for each query and checkpoint. Of equally near ones the earliest; the
+    untrained model counts not. Raises UserError where none of the fractions was kept.
     """
     loss = -answers.groupby("fraction")["log_p"].mean()
     kept = {wanted: float(loss[at]) for wanted in fractions for at in loss.index if at > 0 and abs(at - wanted) <= 0.02}

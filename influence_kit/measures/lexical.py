@@ -1,8 +1,8 @@
 """Token overlap between queries and documents: the baseline that every influence score is shown beside.
 
 Rows of token ids become sparse counts [rows, V]; scores come back dense, [Q, N]. Wherever queries or documents are
-asked for, both rows of ids (lists or an integer array) and the sparse counts of `token_counts` will do: the latter when a
-loss mask or special tokens are to be left out, or when the same documents are used often.
+asked for, both rows of ids (lists or an integer array) and the sparse counts of `token_counts` will do: the latter when
+a loss mask or special tokens are to be left out, or when the same documents are used often.
 
 Source of the weights: Grosse et al. 2023 (arXiv 2308.03296), Equations 28 and 29, with k1 = 1.5; Robertson and Zaragoza
 2009 for the length normalisation b of BM25, which plays no part when all sequences are equally long.
@@ -173,7 +173,7 @@ def words(table: pa.Table) -> list[list[int]]:
 
 
 def target_counts(table: pa.Table, vocabulary_size: int | None = None, ignore: Sequence[int] = ()) -> csr_array:
-    """`token_counts` of the targets of each row of a world's table: of a query, what is answered and not what is asked."""
+    """`token_counts` of the targets of each row of a world's table: of a query what is answered, not what is asked."""
     return token_counts(token_matrix(table), token_matrix(table, "loss_mask"), vocabulary_size, ignore)
 
 

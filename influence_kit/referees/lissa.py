@@ -2,9 +2,9 @@
 
     r_j = v + (I - alpha (G~ + lambda)) r_{j-1},   r_0 = v,   alpha r_j -> (G + lambda)^-1 v
 
-G~ is the Gauss-Newton matrix of a minibatch drawn anew at every step. `alpha` has to keep alpha (G~ + lambda) below 2, and an
-eigenvalue s of G + lambda is inverted to a share 1 - (1 - alpha s)^(j + 1): a flat direction takes 1 / (alpha lambda) steps.
-Nothing is shared between queries but the minibatches.
+G~ is the Gauss-Newton matrix of a minibatch drawn anew at every step. `alpha` has to keep alpha (G~ + lambda) below 2,
+and an eigenvalue s of G + lambda is inverted to a share 1 - (1 - alpha s)^(j + 1): a flat direction takes 1 / (alpha
+lambda) steps. Nothing is shared between queries but the minibatches.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def minibatch(curvature: GaussNewton, size: int, generator: torch.Generator) -> 
 def top_eigenvalue(
     curvature: GaussNewton, batch_size: int, batches: int = BATCHES, steps: int = STEPS, seed: int = 0
 ) -> float:
-    """The largest eigenvalue of G~ + lambda over several minibatches, by `steps` of power iteration on each (a lower bound).
+    """The largest eigenvalue of G~ + lambda over several minibatches, by `steps` of power iteration on each (a lower
+    bound).
 
     Raises UserError for a minibatch larger than the sample.
     """
@@ -60,8 +61,8 @@ def lissa(
 
     scale: alpha; 1 / `top_eigenvalue` is as large as is safe. Cost of a step: batch_size products a row of v.
 
-    Raises UserError where it diverges (a contraction keeps |r_j| below (j + 1) |v|), for depths that do not rise from 1, a
-    scale that is not above 0, or a minibatch larger than the sample.
+    Raises UserError where it diverges (a contraction keeps |r_j| below (j + 1) |v|), for depths that do not rise from
+    1, a scale that is not above 0, or a minibatch larger than the sample.
     """
     depths = list(depths)
     if not depths or depths[0] < 1 or depths != sorted(set(depths)):
@@ -85,8 +86,9 @@ def lissa(
 def tuned(
     curvature: GaussNewton, vectors: Tensor, depths: Sequence[int], batch_size: int, seed: int = 0
 ) -> tuple[float, Tensor]:
-    """LiSSA at the largest scale that power iteration calls safe, or half of it, and so on, where a minibatch is steeper than those
-    that power iteration saw: (scale, what `lissa` returns). Raises UserError where HALVINGS do not help."""
+    """LiSSA at the largest scale that power iteration calls safe, or half of it, and so on, where a minibatch is
+    steeper than those that power iteration saw: (scale, what `lissa` returns). Raises UserError where HALVINGS do not
+    help."""
     scale = 1 / top_eigenvalue(curvature, batch_size, seed=seed)
     for _ in range(HALVINGS):
         try:

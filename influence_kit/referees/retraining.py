@@ -1,10 +1,11 @@
 """Retraining: what a model says when it is trained anew on half of its corpus, many times over.
 
-The linear datamodelling score (Park et al. 2023, TRAK) asks of any method: do the summed scores of the sequences in a random
-half rank the halves as the retrained models' answers do?
+The linear datamodelling score (Park et al. 2023, TRAK) asks of any method: do the summed scores of the sequences in a
+random half rank the halves as the retrained models' answers do?
 
-Models of a few thousand weights spend their training waiting for Python, so that many of them are trained in the time of a
-few: `answers` stacks their weights and takes each step for all of them at once; `answers_of_all` trains as many such groups as it takes.
+Models of a few thousand weights spend their training waiting for Python, so that many of them are trained in the time
+of a few: `answers` stacks their weights and takes each step for all of them at once; `answers_of_all` trains as many
+such groups as it takes.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ APART = 1000  # between the seeds of repeated trainings: worlds count theirs in 
 
 
 def random_halves(total: int, subsets: int, seed: int) -> np.ndarray:
-    """bool [subsets, total]: random halves of a corpus; with an even number of subsets every second one is the rest of the one
-    before it, so that each sequence is in exactly half of them."""
+    """bool [subsets, total]: random halves of a corpus; with an even number of subsets every second one is the rest of
+    the one before it, so that each sequence is in exactly half of them."""
     if total < 2 or subsets < 1:
         raise UserError(f"{subsets} halves of {total} sequences cannot be drawn: give at least 1 of at least 2")
     rng = np.random.default_rng([seed, 0x4A1F])
@@ -54,12 +55,13 @@ def answers(
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Train K models, each on its own rows of a corpus in their own order and from its own seed; log-probabilities [K, Q] in
-    nats of all queries' target tokens at the end.
+    """Train K models, each on its own rows of a corpus in their own order and from its own seed; log-probabilities [K,
+    Q] in nats of all queries' target tokens at the end.
 
-    config: of transformers, which all models share; sequences, queries: `input_ids` int64 [N, T], `loss_mask` bool [N, T]; rows
-    int64 [K, M], in which a row may occur more than once. Each is the model that `models.train` makes of sequences[rows[k]] with
-    the recipe and its seed, up to rounding; checkpoints and held-out losses are left out. Raises UserError where one diverged.
+    config: of transformers, which all models share; sequences, queries: `input_ids` int64 [N, T], `loss_mask` bool [N,
+    T]; rows int64 [K, M], in which a row may occur more than once. Each is the model that `models.train` makes of
+    sequences[rows[k]] with the recipe and its seed, up to rounding; checkpoints and held-out losses are left out.
+    Raises UserError where one diverged.
     """
     number, total = rows.shape
     recipes = [replace(recipe, seed=seed) for seed in seeds]

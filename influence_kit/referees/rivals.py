@@ -1,6 +1,6 @@
-"""EK-FAC and its rivals behind one interface: `method(setting) -> scores [Q, N]`, higher means that more weight on the sequence
-should raise log p(query) more. Only differences between sequences mean anything across methods: of their scales, those of the
-inverse-Hessian family alone are nats.
+"""EK-FAC and its rivals behind one interface: `method(setting) -> scores [Q, N]`, higher means that more weight on the
+sequence should raise log p(query) more. Only differences between sequences mean anything across methods: of their
+scales, those of the inverse-Hessian family alone are nats.
 
 Cost of a method is what the caller measures around it.
 """
@@ -30,8 +30,8 @@ Batch = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Setting:
-    """What every method gets: the model at any fraction of its training, queries, sequences to score, and a sample of the
-    training sequences for curvature (`input_ids` int64 [., T], `loss_mask` bool [., T])."""
+    """What every method gets: the model at any fraction of its training, queries, sequences to score, and a sample of
+    the training sequences for curvature (`input_ids` int64 [., T], `loss_mask` bool [., T])."""
 
     model_at: Callable[[float], nn.Module]
     queries: Batch
@@ -136,8 +136,8 @@ def diagonal(s: Setting) -> Tensor:
 def trackstar(s: Setting) -> Tensor:
     """After TrackStar (Chang et al. 2024): gradients divided by the root of their second moment, at unit norm.
 
-    The second moment is the training gradients' own, as an optimizer holds it, not smoothed over steps; there is no projection
-    and no Hessian on top.
+    The second moment is the training gradients' own, as an optimizer holds it, not smoothed over steps; there is no
+    projection and no Hessian on top.
     """
     return s.score(s.fit("diagonal", "data"), damping=1e-3).cosine
 
@@ -229,8 +229,8 @@ METHODS: dict[str, Method] = {
 
 
 def methods_for(model: nn.Module, exactly: bool, overlaps: Mapping[str, Overlap]) -> dict[str, Method]:
-    """The methods by name: METHODS, rankings by shared words, random numbers, and representation similarity at the first, middle and
-    last block.
+    """The methods by name: METHODS, rankings by shared words, random numbers, and representation similarity at the
+    first, middle and last block.
 
     Args:
         exactly: Also those that solve with the Gauss-Newton matrix itself, which small models alone can afford.
