@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .blas import matmul
 from .factors import Factors, Rotated, Rotator, rotate_columns, rotate_rows
 from .gradients import Recorder, TokenGradients, device_of, dtype_of, frozen
-from .passes import sequence_gradients
+from .passes import rows_within, sequence_gradients
 from .sequences import batch_rows, count, read_batch
 from .shelf import Buffers, Shelf, aligned_width, free_disk, release_freed
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 OVERSAMPLED = 8  # columns beyond the rank in the randomised decomposition
 POWER_STEPS = 2
 LEANING = 16  # how much rather V is turned, once, than tokens in every scan
-QUERY_BLOCK = 1 << 24  # elements of query gradients formed at a time
+QUERY_BLOCK, GPU_QUERY_BLOCK = 1 << 24, 1 << 26  # elements of query gradients formed at a time
 TOKEN_BLOCK = 1 << 24  # elements of token products formed at a time at low rank
 
 
@@ -70,13 +70,16 @@ class Directions:
         self._pieces: dict[str, list[tuple[slice, str]]] = {name: [] for name in self.layers}
         self._bias: dict[str, Tensor] = {}
         modules, rotator = dict(model.named_modules()), Rotator()
-        damped = {name: layer.damped(damping) for name, layer in self.layers.items()}
         self._scratch = Buffers()
         device = device_of(model)
         squares, lost, whole = (torch.zeros(self.count, dtype=dtype_of(model), device=device) for _ in range(3))
         largest = max(layer.eigenvalues.numel() for layer in self.layers.values())
-        with frozen(model), Recorder({name: modules[name] for name in self.layers}) as recorder:
-            for rows in batch_rows(self.count, max(min(batch_size, QUERY_BLOCK // largest), 1)):
+        tracked = {name: modules[name] for name in self.layers}
+        length = read_batch(queries, slice(0, 1)).tokens.shape[1]
+        block = QUERY_BLOCK if device.type == "cpu" else GPU_QUERY_BLOCK
+        within = min(rows_within(model, self.layers, length, batch_size), max(block // largest, 1))
+        with frozen(model), Recorder(tracked) as recorder:
+            for rows in batch_rows(self.count, within):
                 batch = read_batch(queries, rows, device)
                 empty = ~batch.loss_mask.any(1)
                 if empty.any():
@@ -86,9 +89,8 @@ class Directions:
                 for name, found in sequence_gradients(model, recorder, batch)[0].items():
                     gradient = rotator.gradients(self.layers[name], found)
                     if refined is None:
-                        direction = torch.div(
-                            gradient, damped[name], out=self._scratch("direction", tuple(gradient.shape), gradient)
-                        )
+                        place = self._scratch("direction", tuple(gradient.shape), gradient)
+                        direction = torch.div(gradient, self.layers[name].damped(damping), out=place)
                     else:
                         direction = refined.turned(name, rows)
                     squares[rows] += torch.linalg.vecdot(gradient, direction).sum(1).to(device)

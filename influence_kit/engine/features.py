@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .codes import mix
 from .factors import Factors, Rotator, inverse
 from .gradients import Recorder, device_of, dtype_of, frozen
-from .passes import sequence_gradients
+from .passes import rows_within, sequence_gradients
 from .processes import all_reduce, shard
 from .sequences import batch_rows, count, gather, read_batch
 
@@ -33,16 +33,23 @@ class Features:
         """Raises ValueError where the factors belong to other layers or shapes than the model's."""
         self.model, self.factors, self.rotator = model, factors.beside(model), Rotator()
         self.inverse = {name: inverse(layer.damped(damping)) for name, layer in self.factors.layers.items()}
+        modules = dict(model.named_modules())
+        self.recorder = Recorder({name: modules[name] for name in self.factors.layers})
         self._places: dict[str, tuple[Tensor, Tensor, int]] = {}
 
     def pieces(self, sequences: Mapping[str, Tensor], rows: slice) -> Iterator[tuple[str, slice, slice, Tensor]]:
         """(layer, sequences of the batch, rows of P, rotated gradients [b, p W]), valid until the next; not yet whitened."""
-        modules = dict(self.model.named_modules())
-        with frozen(self.model), Recorder({name: modules[name] for name in self.factors.layers}) as recorder:
-            found = sequence_gradients(self.model, recorder, read_batch(sequences, rows, device_of(self.model)))[0]
-        for name, tokens in found.items():
-            for some, lines, piece in self.rotator.pieces(self.factors.layers[name], tokens):
-                yield name, some, slice(*lines.indices(len(self.inverse[name]))), piece.flatten(1)
+        length, size = read_batch(sequences, slice(rows.start, rows.start + 1)).tokens.shape[1], rows.stop - rows.start
+        for part in batch_rows(size, rows_within(self.model, self.factors.layers, length, size)):
+            read = slice(rows.start + part.start, rows.start + part.stop)
+            with frozen(self.model), self.recorder:
+                batch = read_batch(sequences, read, device_of(self.model))
+                found = sequence_gradients(self.model, self.recorder, batch)[0]
+            for name, tokens in found.items():
+                for some, lines, piece in self.rotator.pieces(self.factors.layers[name], tokens):
+                    first, last, _ = some.indices(part.stop - part.start)
+                    where = slice(part.start + first, part.start + last)
+                    yield name, where, slice(*lines.indices(len(self.inverse[name]))), piece.flatten(1)
 
     def choose(
         self, sequences: Mapping[str, Tensor], bits: int, dims: int, batch_size: int, seed: int

@@ -13,12 +13,13 @@ Gauss-Newton Hessian. The paper's printed Eq 20 and second line of Eq 21 have Q 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .blas import eigh, matmul
+from .blas import eigh, matmul, products_of
 from .factors import Basis, Factors, LayerFactors, Rotator
 from .files import digest
 from .gradients import Recorder, device_of, dtype_of, frozen
@@ -31,7 +32,8 @@ from .sequences import Progress, batch_rows, check, corpus_digest, count, given_
 from .shelf import Shelf, aligned, free_disk, release_freed
 
 METHODS = ("ekfac", "kfac", "diagonal", "identity")
-Sums = dict[str, Tensor]  # "A <layer> <block>" and "S <layer> <block>", lower triangles in float64
+Sums = dict[str, Tensor]  # by name "A <layer> <block>" or "S <layer> <block>" in the first pass, by layer in the second
+Spectra = dict[str, tuple[Tensor, Tensor]]  # eigenvalues [m] and eigenvectors [m, m] by such a name
 
 
 def fit_ekfac(
@@ -43,31 +45,37 @@ def fit_ekfac(
     seed: int = 0,
     method: str = "ekfac",
     blocks: int = 1,
-    memory: float = 2e9,
+    memory: float = 1e9,
     resume: str | os.PathLike | None = None,
     progress: Progress | None = None,
 ) -> Factors:
-    """Fit the curvature of `model`'s tracked layers on `sequences`.
-
-    model: any causal language model that maps token ids [B, T] to logits [B, T, V].
-    sequences: `input_ids` int64 [N, T] and optional `loss_mask` bool [N, T] (True where the token is a target);
-        padding on the right.
-    labels: "sampled" (true Fisher; drawn once, the same for any batch size, stored in the result), "data" (the
-        empirical Fisher) or int64 [N, T] given pseudo-labels (label t is predicted from position t - 1).
-    method: "ekfac"; "kfac" (Lambda = mean tokens a sequence x Lambda_S kron Lambda_A); "diagonal" (second moment of the
-        gradient in the parameters' own basis); "identity" (plain gradient dot products).
-    blocks: number of diagonal blocks of A and of S (the paper's Appendix A): memory of the bases falls by it, their
-        eigendecomposition by its square.
-    memory: bytes of token gradients kept between the two passes; what does not fit goes to a temporary file as far as
-        half of the free disk lasts, and the rest is computed again.
-    resume: a folder (one that all processes see) for the state from which a killed fit goes on, to the same factors.
-    progress: called with (sequences done, sequences to do) over both passes.
+    """Fit the curvature of `model`'s tracked layers on `sequences` (the paper's Eq 12-21).
 
     Under `torchrun` with a process group, ranks share the batches and the eigendecompositions; all get the same factors.
 
-    Source: the paper's Eq 12-21. Raises ValueError for layers, labels or methods that do not fit the model or data.
+    Args:
+        model: Any causal language model that maps token ids [B, T] to logits [B, T, V].
+        sequences: `input_ids` int64 [N, T] and what says which tokens are targets (see `sequences.py`); padding on the right.
+        layers: Which linear maps are tracked (see `tracked_layers`).
+        labels: "sampled" (true Fisher; drawn once, the same for any batch size, stored in the result), "data" (the
+            empirical Fisher) or int64 [N, T] given pseudo-labels (label t is predicted from position t - 1).
+        batch_size: Sequences read at a time, fewer where their token gradients would not fit (see `passes.py`).
+        seed: Of the labels that are drawn.
+        method: "ekfac"; "kfac" (Lambda = mean tokens a sequence x Lambda_S kron Lambda_A); "diagonal" (second moment of the
+            gradient in the parameters' own basis); "identity" (plain gradient dot products).
+        blocks: Number of diagonal blocks of A and of S (the paper's Appendix A): memory of the bases falls by it, their
+            eigendecomposition by its square.
+        memory: Bytes of token gradients kept between the two passes. On a CPU what does not fit goes to a temporary file as
+            far as half of the free disk lasts; the rest is computed again.
+        resume: A folder (one that all processes see) for the state from which a killed fit goes on, to the same factors.
+        progress: Called with (sequences done, sequences to do) over both passes.
+
+    Raises:
+        ValueError: Layers, labels or a method that do not fit the model or data.
+
     Cost: a forward and backward pass over `sequences` (two where token gradients are not kept), L (P^2 + M'^2 + P M')
-    multiplications a sequence and layer for each pass, and eigh of an M'xM' and a PxP matrix a layer in float64.
+    multiplications a sequence and layer for each pass, and eigh of an M'xM' and a PxP matrix a layer in float64. Memory
+    beside the model, `memory` and a pass's own: 4 bytes a number of the bases and 8 of Lambda.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not known; choose one of {', '.join(METHODS)}")
@@ -96,11 +104,11 @@ def fit_ekfac(
         within = rows_within(model, chosen, source.labels.shape[1], batch_size)
         batches = shard(batch_rows(total, within))
         passes = 1 if method in ("kfac", "diagonal") else 2
-        spectra: dict[str, tuple[Tensor, Tensor]] = {}
+        spectra: Spectra = {}
         if method != "diagonal":
-            sums = _covariances(source, state, batches, blocks, lambda done: report(done, passes * total))
-            spectra = _spectra(sums, int(source.counted.sum()), dtype_of(model))
-            del sums
+            sides = _sides(source, blocks)
+            sums = _covariances(source, state, batches, sides, lambda done: report(done, passes * total))
+            spectra = _spectra(sums, sides, int(source.counted.sum()), dtype_of(model))
         bases = {n: (_basis(spectra, f"A {source.leaders[n]}"), _basis(spectra, f"S {n}")) for n in chosen}
         if method == "kfac":
             each = source.counted.sum() / total
@@ -120,8 +128,8 @@ def fit_ekfac(
     release_freed()
     barrier()
     state.forget()
-    fitted = {n: LayerFactors(*bases[n], eigenvalues[n]) for n in chosen}
-    return Factors(fitted, drawn, details).to(dtype=dtype_of(model))
+    fitted = {n: LayerFactors(*bases[n], eigenvalues.pop(n).to(dtype_of(model))) for n in chosen}
+    return Factors(fitted, drawn, details)
 
 
 def _identity(module: nn.Module) -> LayerFactors:
@@ -129,27 +137,80 @@ def _identity(module: nn.Module) -> LayerFactors:
     return LayerFactors(None, None, torch.ones(p, m + (module.bias is not None), device=device_of(module)))
 
 
+class Side(NamedTuple):
+    """A diagonal block of a covariance: which columns of x it is of, and whether a column of ones comes after them."""
+
+    columns: slice
+    ones: bool
+    device: torch.device
+
+    @property
+    def width(self) -> int:
+        """How many columns, that of ones not counted."""
+        return self.columns.stop - self.columns.start
+
+    def strips(self) -> Iterator[tuple[int, int, slice]]:
+        """The lower triangle cut into strips of an eighth: first column, number of columns, place in the flat sum. On a GPU,
+        which narrow products leave idle, into halves."""
+        step = max(self.width // 8, 128) if self.device.type == "cpu" else max(self.width // 2, 1024)
+        start = 0
+        for first in range(0, self.width, step):
+            columns = min(step, self.width - first)
+            stop = start + (self.width - first) * columns
+            yield first, columns, slice(start, stop)
+            start = stop
+
+    def numbers(self) -> int:
+        """What is summed: the strips and, for the column of ones, a last row."""
+        return max((where.stop for *_, where in self.strips()), default=0) + self.ones * (self.width + 1)
+
+
+def _sides(source: PseudoGradients, blocks: int) -> dict[str, Side]:
+    """All that is summed and decomposed, in the same order on every rank. Layers that read the same input share A."""
+    found = {}
+    for name, module in source.recorder.layers.items():
+        p, m = shape_of(module)
+        widths = {f"S {name}": (p, False)}
+        if source.leaders[name] == name:
+            widths[f"A {name}"] = (m, module.bias is not None)
+        for key, (width, ones) in widths.items():
+            start = 0
+            for i, part in enumerate(torch.empty(width + ones).tensor_split(min(blocks, width + ones))):
+                stop = start + len(part)
+                side = Side(slice(start, min(stop, width)), ones and stop > width, device_of(module))
+                found[f"{key} {i:04}"], start = side, stop
+    return dict(sorted(found.items()))
+
+
 def _covariances(
-    source: PseudoGradients, state: State, batches: list[slice], blocks: int, report: Callable[[int], None]
+    source: PseudoGradients,
+    state: State,
+    batches: list[slice],
+    sides: dict[str, Side],
+    report: Callable[[int], None],
 ) -> Sums:
     """First pass: draw the labels, and sum (a; 1) (a; 1)^T and Ds Ds^T over counted tokens. Products are of the working
-    dtype, sums of float64. Layers that read the same input share A."""
-    sums, done = _loaded(source, state, "covariances")
+    dtype, sums of float64, of lower triangles alone."""
+    sums = {name: torch.zeros(side.numbers(), dtype=torch.float64, device=side.device) for name, side in sides.items()}
+    done = _loaded(source, state, "covariances", sums)
+    dtype = products_of(source.model)
+    of_one: dict[str, list[str]] = {}
+    for name in sides:
+        of_one.setdefault(name.rpartition(" ")[0], []).append(name)
     for index, rows in enumerate(batches):
         if index < done:
             continue
         found, counted = source.read(rows)
-        for name, (a, g, bias) in found.items():
-            if source.leaders[name] == name:
-                _add_product(sums, f"A {name}", _chosen(a, counted), bias, blocks)
-            _add_product(sums, f"S {name}", _chosen(g, counted), False, blocks)
+        for layer, each in found.items():
+            for letter, x in (("A", each.inputs), ("S", each.outputs)):
+                if names := of_one.get(f"{letter} {layer}"):
+                    chosen = _chosen(x, counted).to(dtype)
+                    for name in names:
+                        _add_product(sums[name], chosen, sides[name])
         if state.due():
             _save(source, state, "covariances", sums, index + 1)
         report(rows.stop)
     _save(source, state, "covariances", sums, len(batches))
-    if not sums:  # more ranks than batches: this one has read nothing
-        sums = _no_sums(source, blocks)
-    sums = dict(sorted(sums.items()))  # the same order on every rank, whatever was resumed
     all_reduce([*sums.values(), source.labels, source.counted])
     if int(source.counted.sum()) == 0:
         raise ValueError("loss_mask selects no target in any sequence: nothing to fit factors on")
@@ -162,67 +223,51 @@ def _chosen(x: Tensor, counted: Tensor | None) -> Tensor:
     return x.flatten(0, 1) if counted is None else x.flatten(0, 1).index_select(0, counted.to(x.device))
 
 
-def _add_product(sums: Sums, name: str, x: Tensor, bias: bool, blocks: int) -> None:
-    """Add x^T x [W', W'] to the blocks of a sum, lower triangles only, a column of ones by column sums."""
-    start = 0
-    for i, size in enumerate(_sizes(x.shape[1] + bias, blocks)):
-        key = f"{name} {i:04}"
-        if key not in sums:
-            sums[key] = torch.zeros(size, size, dtype=torch.float64, device=x.device)
-        total = sums[key] = sums[key].to(x.device)  # one that a killed fit left lies on the CPU
-        width = size - (bias and start + size > x.shape[1])
-        part = x[:, start : start + width]
-        step = max(width // 8, 128)
-        for row in range(0, width, step):
-            columns = part[:, row : row + step]
-            product = part.new_empty(width - row, columns.shape[1])
-            total[row:width, row : row + len(product.T)] += matmul(part[:, row:].T, columns, product)
-        if width < size:
-            total[-1, :width] += part.sum(0)
-            total[-1, -1] += len(x)
-        start += size
+def _add_product(total: Tensor, x: Tensor, side: Side) -> None:
+    """Add x^T x to a flat sum, strip by strip, and what a column of ones gives by column sums."""
+    part, summed = x[:, side.columns], x.dtype if x.dtype == torch.float64 else torch.float32
+    for first, columns, where in side.strips():
+        product = part.new_empty(side.width - first, columns, dtype=summed)
+        total[where].view_as(product).add_(matmul(part[:, first:].T, part[:, first : first + columns], product))
+    if side.ones:
+        total[-side.width - 1 : -1] += part.sum(0, dtype=summed)
+        total[-1] += len(x)
 
 
-def _sizes(width: int, blocks: int) -> list[int]:
-    """Sizes of diagonal blocks, as even as can be, larger ones first."""
-    return [len(part) for part in torch.empty(width).tensor_split(min(blocks, width))]
+def _square(total: Tensor, side: Side) -> Tensor:
+    """A flat sum as a matrix [m, m], right in its lower triangle."""
+    size = side.width + side.ones
+    square = total.new_zeros(size, size)
+    for first, columns, where in side.strips():
+        square[first : side.width, first : first + columns] = total[where].view(-1, columns)
+    if side.ones:
+        square[-1] = total[-size:]
+    return square
 
 
-def _no_sums(source: PseudoGradients, blocks: int) -> Sums:
-    """Sums of nothing, in every shape."""
-    sums: Sums = {}
-    for name, module in source.recorder.layers.items():
-        p, m = shape_of(module)
-        empty = torch.zeros(0, max(p, m), dtype=dtype_of(source.model), device=device_of(module))
-        if source.leaders[name] == name:
-            _add_product(sums, f"A {name}", empty[:, :m], module.bias is not None, blocks)
-        _add_product(sums, f"S {name}", empty[:, :p], False, blocks)
-    return sums
-
-
-def _spectra(sums: Sums, tokens: int, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
+def _spectra(sums: Sums, sides: dict[str, Side], tokens: int, dtype: torch.dtype) -> Spectra:
     """Eigenvalues [m] in float64 and eigenvectors [m, m] of every block, decomposed in float64 and kept in `dtype`; the sums
     are used up. Ranks share the work."""
     rank, size = rank_and_size()
     found = {}
-    for index, name in enumerate(list(sums)):
-        total = sums.pop(name)
-        if index % size == rank:
-            values, vectors = eigh(total.div_(tokens))
-        else:
-            values, vectors = total.new_empty(len(total)), total
+    for index, (name, side) in enumerate(sides.items()):
+        square = _square(sums.pop(name), side)
+        values, vectors = eigh(square.div_(tokens)) if index % size == rank else (square[0].clone(), square)
         found[name] = (values, aligned(vectors.to(dtype)))
+        if square.nbytes > 1 << 20:
+            del square, vectors
+            release_freed()  # what is small enough to stay with glibc is many such
     for index, pair in enumerate(found.values()):
         for tensor in pair:
             broadcast(tensor, index % size)
     return found
 
 
-def _basis(spectra: dict[str, tuple[Tensor, Tensor]], name: str) -> Basis | None:
+def _basis(spectra: Spectra, name: str) -> Basis | None:
     return tuple(vectors for key, (_, vectors) in spectra.items() if key.rpartition(" ")[0] == name) or None
 
 
-def _values(spectra: dict[str, tuple[Tensor, Tensor]], name: str) -> Tensor:
+def _values(spectra: Spectra, name: str) -> Tensor:
     return torch.cat([values for key, (values, _) in spectra.items() if key.rpartition(" ")[0] == name]).clamp(min=0)
 
 
@@ -233,32 +278,30 @@ def _second_moments(
     bases: dict[str, tuple[Basis | None, Basis | None]],
     report: Callable[[int], None],
 ) -> dict[str, Tensor]:
-    """Second pass: Lambda = mean over sequences of the squared rotated gradient, [P, M'] a layer, float64 sums."""
-    modules, sums = source.recorder.layers, {}
+    """Second pass: Lambda = mean over sequences of the squared rotated gradient, [P, M'] a layer, summed in float64."""
+    modules, dtype, sums, shaped = source.recorder.layers, dtype_of(source.model), {}, {}
     for name, module in modules.items():
         p, m = shape_of(module)
-        width = m + (module.bias is not None)
-        sums[name] = torch.zeros(p, width, dtype=torch.float64, device=device_of(module))
-    layers = Factors({n: LayerFactors(*bases[n], sums[n]) for n in modules}).beside(source.model).layers
-    rotator = Rotator(source.buffers)
-    loaded, done = _loaded(source, state, "eigenvalues")
-    for name, tensor in loaded.items():
-        sums[name].copy_(tensor)
+        sums[name] = torch.zeros(p, m + (module.bias is not None), dtype=torch.float64, device=device_of(module))
+        # Of these eigenvalues only the shape is asked.
+        shaped[name] = LayerFactors(*bases[name], sums[name].new_zeros(1, 1, dtype=dtype).expand_as(sums[name]))
+    layers, rotator = Factors(shaped).beside(source.model).layers, Rotator(source.buffers)
+    done = _loaded(source, state, "eigenvalues", sums)
     for index, rows in enumerate(batches):
         if index < done:
             continue
         for name, found in source.read(rows)[0].items():
             for _, some, gradient in rotator.pieces(layers[name], found):
-                sums[name][some] += gradient.square_().sum(0)[:, : sums[name].shape[1]]
+                sums[name][some] += _squares(gradient)[:, : sums[name].shape[1]]
         if state.due():
             _save(source, state, "eigenvalues", sums, index + 1)
         report(rows.stop)
     all_reduce(sums.values())
     _refuse_unless_finite(sums)
-    return {name: total / count(source.sequences) for name, total in sums.items()}
+    return {name: (sums.pop(name) / count(source.sequences)).to(dtype) for name in modules}
 
 
-def _refuse_unless_finite(sums: Mapping[str, Tensor]) -> None:
+def _refuse_unless_finite(sums: Sums) -> None:
     for name, total in sums.items():
         if not total.isfinite().all():
             layer = name.split(" ")[1] if " " in name else name
@@ -267,16 +310,24 @@ def _refuse_unless_finite(sums: Mapping[str, Tensor]) -> None:
             )
 
 
-def _save(source: PseudoGradients, state: State, name: str, sums: Mapping[str, Tensor], done: int) -> None:
+def _squares(gradient: Tensor) -> Tensor:
+    """Sum of squares over the first axis, [p, W]; uses the gradient up."""
+    if gradient.device.type == "cpu":
+        return gradient.square_().sum(0)
+    return torch.linalg.vector_norm(gradient, dim=0).square_()  # reads once and writes nothing
+
+
+def _save(source: PseudoGradients, state: State, name: str, sums: Sums, done: int) -> None:
     about = {"labels": source.labels, "counted": source.counted, "done": torch.tensor(done)}
     state.save(by_rank(name), {**about, **{f"sum {key}": tensor for key, tensor in sums.items()}})
 
 
-def _loaded(source: PseudoGradients, state: State, name: str) -> tuple[Sums, int]:
-    """The sums that a killed fit left, and how many batches they hold."""
+def _loaded(source: PseudoGradients, state: State, name: str, sums: Sums) -> int:
+    """Puts the sums that a killed fit left where they go on; how many batches they hold."""
     kept = state.load(by_rank(name))
     if kept is None:
-        return {}, 0
+        return 0
     source.labels, source.counted = kept["labels"].to(source.device), kept["counted"]
-    sums = {key[4:]: tensor for key, tensor in kept.items() if key.startswith("sum ")}
-    return sums, int(kept["done"])
+    for key, tensor in sums.items():
+        tensor.copy_(kept[f"sum {key}"])
+    return int(kept["done"])

@@ -12,7 +12,7 @@ Below these limits nothing is cut. A batch's own token gradients are bounded by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -51,15 +51,20 @@ def room(device: torch.device) -> Room:
     return Room(memory // 8, memory // 4, 1 << 28)
 
 
-def rows_within(model: nn.Module, layers: Mapping[str, nn.Module], tokens: int, batch_size: int) -> int:
+def rows_within(model: nn.Module, layers: Iterable[str], tokens: int, batch_size: int) -> int:
     """How many of `batch_size` sequences of so many tokens are read at a time, so that their token gradients fit.
 
     Args:
         model: Says where and in which dtype they are.
-        layers: The tracked ones.
+        layers: Names of the tracked ones.
+        tokens: T of a sequence.
+        batch_size: At most.
     """
-    each = (tokens - 1) * sum(sum(shape_of(module)) for module in layers.values()) * dtype_of(model).itemsize
-    return max(min(batch_size, room(device_of(model)).gradients // each), 1)
+    modules, most = dict(model.named_modules()), room(device_of(model))
+    each = (tokens - 1) * sum(sum(shape_of(modules[name])) for name in layers) * dtype_of(model).itemsize
+    rows = max(min(batch_size, most.gradients // max(each, 1)), 1)
+    piece = max(int(most.activations // (max(tokens - 1, 1) * costs_of(model).token)), 1)
+    return rows if rows < piece else rows // piece * piece  # no piece for a remainder
 
 
 @dataclass(frozen=True)
@@ -166,13 +171,15 @@ def _by_parts(
     gradient, step = torch.zeros_like(hidden), max(room(hidden.device).logits // 2 // shape_of(head)[0], 1)
     for places in wanted.nonzero().flatten().to(hidden.device).split(step):
         x = hidden.detach()[places].requires_grad_()
-        logits = widened(head(x))
+        logits = head(x)
         if callable(labels):
-            targets[places.to(targets.device)] = labels(logits.detach(), places).to(targets.device)
-        aims = targets[places.to(targets.device)].to(logits.device)
-        loss = nn.functional.cross_entropy(logits, aims, reduction="sum")
-        gradient[places] = torch.autograd.grad(loss, x)[0].to(gradient)
-        del logits, loss
+            targets[places.to(targets.device)] = labels(widened(logits.detach()), places).to(targets.device)
+        aims = targets[places.to(targets.device)].to(logits.device)[:, None]
+        # The loss's gradient with respect to the logits, softmax - one-hot, without all that cross_entropy keeps for it.
+        apart = widened(logits.detach()).softmax(-1)
+        apart.scatter_add_(1, aims, apart.new_full((1, 1), -1.0).expand_as(aims))
+        gradient[places] = torch.autograd.grad(logits, x, apart.to(logits.dtype))[0].to(gradient)
+        del logits, apart
     told[:, 1 : end + 1] = targets.view(-1, end)
     return recorder.gradients((hidden * gradient).sum(), (len(batch.tokens), end)), told
 

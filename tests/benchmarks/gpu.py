@@ -129,10 +129,15 @@ def tokens(shape: Shape, rows: int, seed: int) -> dict:
 
 
 def model_of(shape: Shape, device: str):
-    """A random float32 model far from uniform, the same on every device."""
+    """A random float32 model, the same on every device: far from uniform; where it is deep, nearer to its initial weights,
+    since four times those make a chaotic function of it."""
     from random_models import random_model
 
     model = random_model(shape.architecture, 1, shape.width, shape.depth, shape.vocabulary, shape.length)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2 and shape.depth > 4:
+                parameter.div_(3)
     return model.to(device)
 
 
@@ -147,6 +152,11 @@ def apart(found, expected) -> float:
     """The largest difference, in units of the largest number."""
     found, expected = found.double().cpu(), expected.double().cpu()
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+def correlation(found, expected) -> float:
+    """Of all scores."""
+    return float(torch.corrcoef(torch.stack([found.double().cpu().flatten(), expected.double().cpu().flatten()]))[0, 1])
 
 
 # --- the steps
@@ -242,9 +252,9 @@ def decompose(bench: Bench, side: int) -> None:
         "float64, a batch of 4": (4, lambda: list(zip(*torch.linalg.eigh(torch.stack(many[:4]))))),
     }
     if bench.device == "cuda":
-        ways |= {f"float64, {n} streams": (8, lambda n=n: on_streams(many, n)) for n in (2, 4, 8)}
+        ways |= {f"float64, {n} streams": (8, lambda n=n: on_streams(many, n)) for n in (2, 4)}
         ways["float32, 4 streams"] = (8, lambda: on_streams([m.float() for m in many], 4))
-    if side <= 2048:
+    if side < 2048:
         ways[f"CPU, {cores} threads"] = (8, lambda: on_threads(many, cores))
     torch.linalg.eigh(matrix[:64, :64])
     for name, (number, run) in ways.items():
@@ -294,15 +304,16 @@ def training_pass(bench: Bench, model, data: dict, batch_size: int, part: int = 
     """Seconds of plain forward and backward passes with the gradients of all weights over every `part`-th batch, times that."""
     batches = batch_rows(len(data["input_ids"]), batch_size)[::part]
 
-    def run() -> None:
+    def run(batches: list[slice]) -> None:
         for rows in batches:
             batch = read_batch(data, rows, device_of(model))
             logits = forward(model, batch.tokens)[:, :-1]
             model.zero_grad()
             sequence_losses(logits, batch.tokens[:, 1:], batch.loss_mask[:, 1:]).sum().backward()
 
-    seconds = bench.timed(run)[0] * part
-    model.zero_grad()
+    run(batches[:1])
+    seconds = bench.timed(run, batches)[0] * part
+    model.zero_grad(set_to_none=True)
     return seconds
 
 
@@ -378,9 +389,55 @@ def measure(bench: Bench, name: str, shape: Shape) -> None:
         line["tokens a second"] = round(shape.tokens / total)
         if exact is not None:
             line["error against float64"] = apart(warm.values, exact)
+            line["correlation with float64"] = correlation(warm.values, exact)
         bench.say(name, precision=way, weights=weights, tokens=shape.tokens, **line)
         if bench.left < 3 * total:
             return
+
+
+def kernels(bench: Bench, shape: Shape) -> None:
+    """What the device does in each pass over two batches: seconds it takes, seconds it is busy, and with what."""
+    from torch.profiler import ProfilerActivity, profile
+
+    rows = 2 * shape.batch_size
+    data, queries = tokens(shape, rows, 2), tokens(shape, 4, 3)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (bench.device == "cuda")
+
+    def watched(name: str, function: Callable, way: str) -> Callable:
+        def run(*arguments, **named):
+            with profile(activities=activities) as seen:
+                took, result = bench.timed(function, *arguments, **named)
+            events = [e for e in seen.key_averages() if e.device_type != torch.autograd.DeviceType.CPU]
+            events.sort(key=lambda event: -event.self_device_time_total)
+            most = {e.key[:70]: [round(e.self_device_time_total / 1e3, 1), e.count] for e in events[:14]}
+            busy = sum(e.self_device_time_total for e in events) / 1e6
+            launched = sum(e.count for e in events)
+            bench.say(
+                "kernels",
+                precision=way,
+                part=name,
+                seconds=round(took, 3),
+                busy=round(busy, 3),
+                kernels=launched,
+                ms=most,
+            )
+            return result
+
+        return run
+
+    def scan(model, factors) -> None:
+        score(model, factors, queries, data, batch_size=shape.batch_size, self_influence=False, memory=bench.memory)
+
+    for way in bench.precisions[1:]:
+        with precision(way) as dtype:
+            model = model_of(shape, bench.device).to(dtype)
+            engine(bench, model, data, queries, shape.batch_size)
+            with (
+                patch.object(fitting, "_covariances", watched("covariance pass", fitting._covariances, way)),
+                patch.object(fitting, "_second_moments", watched("eigenvalue pass", fitting._second_moments, way)),
+            ):
+                factors = fit_ekfac(model, data, batch_size=shape.batch_size)
+            watched("scan", scan, way)(model, factors)
 
 
 def goal(bench: Bench, shape: Shape) -> None:
@@ -435,6 +492,7 @@ def steps(bench: Bench) -> dict[str, tuple[float, Callable[[], None]]]:
     found |= {n: (needed[n], lambda n=n, s=s: measure(bench, n, s)) for n, s in itertools.islice(shapes.items(), 2)}
     found["goal"] = (60, lambda: goal(bench, last))
     found |= {n: (needed[n], lambda n=n, s=s: measure(bench, n, s)) for n, s in itertools.islice(shapes.items(), 2, 9)}
+    found["kernels"] = (25, lambda: kernels(bench, last))
     return found | {"rivals": (20, lambda: rivals(bench))}
 
 

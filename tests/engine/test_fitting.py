@@ -7,6 +7,7 @@ from random_models import breaking
 from torch import nn
 
 from influence_kit.engine import fitting as ekfac
+from influence_kit.engine import labels as labels_module
 from influence_kit.engine.fitting import fit_ekfac
 from influence_kit.engine.gradients import forward
 from influence_kit.engine.labels import sample_labels, uniforms
@@ -189,6 +190,19 @@ def test_block_diagonal_factors_are_the_whole_ones_of_the_blocks(blocks):
         assert float(layer.eigenvalues.sum()) == pytest.approx(float(trace))
     with pytest.raises(ValueError, match="blocks=0"):
         fit_ekfac(model, data, blocks=0)
+
+
+def test_a_large_vocabulary_is_searched_by_blocks_to_the_same_labels():
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(200, 20_001, generator=generator, dtype=torch.float64)
+    logits[:20] *= 30  # nearly all weight on one token
+    draws = torch.rand(200, generator=generator, dtype=torch.float64)
+    draws[:2] = torch.tensor([0, 0.5])
+    found = sample_labels(logits, draws)
+    assert torch.equal(found, labels_module._at_once(logits, draws[:, None])[:, 0])
+    assert int(sample_labels(logits[30:31], torch.tensor([1 - 2**-53], dtype=torch.float64))) < 20_001
+    single = sample_labels(logits.float(), draws)
+    assert (single != found).sum() <= 1 and single.max() < 20_001
 
 
 class Killed(Exception):

@@ -99,13 +99,16 @@ def test_a_model_that_caps_its_logits_is_run_whole_by_fewer_sequences(within):
     assert max(rows for rows, _ in passed) == 2 and max(numbers for _, numbers in passed) <= 2 * 11 * 29
 
 
-def test_only_batches_whose_token_gradients_fit_are_read():
+def test_only_batches_whose_token_gradients_fit_are_read(within):
     model = tiny_model("gpt_neox")
-    layers = tracked_layers(model)
+    layers = list(tracked_layers(model))
     each = 11 * sum(16 + 64 for _ in layers) * 8
-    assert rows_within(model, layers, 12, 32) == 32
-    assert passes.CPU_ROOM.gradients // each == rows_within(model, layers, 12, 10**9)
-    assert rows_within(model, layers, 10**9, 32) == 1
+    piece = 11 * 1.5 * 2 * (16 + 48 + 16 + 16 + 2 * (16 + 64)) * 8  # of all linear maps but the head
+    assert rows_within(model, layers, 12, 32) == 32 and rows_within(model, layers, 10**9, 32) == 1
+    within(Room(7 * each, 100 * each, 1))
+    assert rows_within(model, layers, 12, 32) == 7
+    within(Room(7 * each, int(3.5 * piece), 1))
+    assert rows_within(model, layers, 12, 32) == 6  # two pieces, and no third for one sequence
 
 
 @pytest.mark.parametrize("room", [Room(1, 1, 90), Room(4 * 11 * 320 * 8, 1 << 40, 1 << 40)])
