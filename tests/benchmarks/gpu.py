@@ -3,6 +3,7 @@
     PYTHONPATH=. python tests/benchmarks/gpu.py --out gpu.json                  # one GPU, at most 8 minutes
     PYTHONPATH=. python tests/benchmarks/gpu.py --device cpu --tiny             # the same steps in seconds, anywhere
     PYTHONPATH=. python tests/benchmarks/gpu.py --only parity eigh "2 x 512"    # some of the steps
+    PYTHONPATH=. python tests/benchmarks/gpu.py --readme figures/gpu/benchmark.json   # README's table, from what --out wrote
 
 Smallest shapes first. Every line is printed as JSON as soon as it is known, and `--out` holds all lines so far. A step that the
 remaining time does not allow is left out and named; one that fails is named with its error, and the next begins. Precisions:
@@ -496,6 +497,33 @@ def steps(bench: Bench) -> dict[str, tuple[float, Callable[[], None]]]:
     return found | {"rivals": (20, lambda: rivals(bench))}
 
 
+def table(lines: list[dict]) -> str:
+    """Markdown of what a run of these steps wrote: seconds of each part beside a plain training pass."""
+    parts = ("training pass", "covariance pass", "eigendecompositions", "eigenvalue pass", "directions", "scan")
+    head = [
+        "model",
+        "precision",
+        "weights",
+        "tokens",
+        *(f"{part} s" for part in parts),
+        "all, of three training passes",
+    ]
+    head += ["tokens a second", "peak GB", "error of scores"]
+    rows = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for line in lines:
+        if "training pass" in line:
+            cells = [line["step"], line["precision"], f"{line['weights'] / 1e6:.0f}M", f"{line['tokens']:,}"]
+            cells += [f"{line[part]:.2f}" for part in parts] + [f"{line['of three training passes']:.2f}"]
+            cells += [f"{line['tokens a second']:,}", f"{line['peak_gb']:.0f}"]
+            error = line.get("error against float64")
+            rows.append(f"| {' | '.join([*cells, '' if error is None else f'{error:.0e}'])} |")
+    device = next(line for line in lines if line["step"] == "device")
+    parity = [line["scores"] for line in lines if line["step"] == "parity" and "scores" in line]
+    said = f"{device['name']}, torch {device['torch']}. Scores equal the CPU's to {max(parity):.0e} of the largest, "
+    said += f"for {len(parity)} architectures; the last column compares with float64 on the CPU."
+    return f"{said}\n\n" + "\n".join(rows) + "\n"
+
+
 def main(words: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
@@ -504,7 +532,15 @@ def main(words: list[str] | None = None) -> list[dict]:
     parser.add_argument("--only", nargs="+", default=[], metavar="STEP", help="some steps by name")
     parser.add_argument("--sequences", type=int, help="of the goal (4096)")
     parser.add_argument("--out", type=Path, help="a file for all lines, as one JSON list")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="put the table of such a file into README.md")
     asked = parser.parse_args(words)
+    if asked.readme:
+        from influence_kit.publishing.readme import fill
+
+        lines = json.loads(asked.readme.read_text())
+        readme = Path(__file__).resolve().parents[2] / "README.md"
+        readme.write_text(fill(readme.read_text(), {"gpu": table(lines)}))
+        return lines
     if asked.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device here: give --device cpu --tiny")
     bench = Bench(asked.device, asked.tiny, 60 * asked.minutes, asked.out, time.perf_counter(), [])
