@@ -6,13 +6,13 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from influence_kit.errors import UserError, first_line
+from influence_kit.errors import UserError
 from influence_kit.runner.live import clock
 from influence_kit.runner.machine import repository, say
 from influence_kit.runner.scheduler import RunFailed
@@ -99,28 +99,6 @@ def _check_force(names: Sequence[str], stages: Iterable, chapters: Sequence[str]
     return forced
 
 
-OWN = ("model", "texts", "prompt", "completion", "length", "limit")
-
-
-def _check_own(given: Mapping[str, object]) -> bool:
-    """Whether a model or texts of the user's own are read, tried before the minutes that stages take. Raises UserError."""
-    own = {name: given[name] for name in OWN if name in given}
-    if not any(own.get(name) for name in ("model", "texts", "completion")):
-        return False
-    from influence_kit.corpora.texts.own import own_skeleton, own_world
-    from influence_kit.engine.layers import tracked_layers
-
-    own_world(**{"model": "", "texts": "", "prompt": "", "completion": ""} | own)  # type: ignore[arg-type]
-    try:
-        tracked_layers(own_skeleton(str(own["model"])))
-    except ValueError as error:
-        raise UserError(
-            f"model={own['model']!r}: {first_line(error)}; the chapter reads MLP layers as `layers='mlp'` finds them: from "
-            "Python (README, Bring a model) `layers` can be chosen"
-        ) from error
-    return True
-
-
 @app.command()
 def run(
     profile: Profile = "laptop",
@@ -143,6 +121,7 @@ def run(
     Other seeds, parameters, models or profiles than those that ship write a folder of their own, figures/runs/<name>/.
     """
     from influence_kit.findings.discovery import CHECKS, chapter_names, stages_for
+    from influence_kit.findings.own import check_own
     from influence_kit.findings.profiles import changed_from
     from influence_kit.publishing import notebooks
     from influence_kit.publishing.results import closing_screen, publish
@@ -159,7 +138,7 @@ def run(
     knobs = {stem: {n: v for n, v in given.items() if n not in always} for stem, given in chosen.items()}
     if any(knobs.values()) and not only:  # the others would come out as ever
         paths = [path for path in paths if knobs[path.stem]]
-    own = [_check_own(knobs[path.stem]) for path in paths]
+    own = [check_own(knobs[path.stem]) for path in paths]
     content = settings.model_dump(mode="json")
     executions = [
         notebooks.chapter_stage(

@@ -29,10 +29,12 @@ SAVE_EVERY_SECONDS = 20.0
 
 
 def _transformers():
-    """transformers without its progress bars: they would end up in executed notebooks."""
+    """transformers without its progress bars, which would end up in executed notebooks, and its tables of weights that are
+    missing, which are refused in one line."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     return transformers
 
 
@@ -259,16 +261,24 @@ def load_pretrained(source: str | os.PathLike, device: str = "cpu") -> nn.Module
     Raises:
         UserError: There is none, or it cannot be read.
     """
-    transformers = _transformers()
+    transformers, remedy = _transformers(), "(give a local folder with config.json and model.safetensors, or a hub name"
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(source), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        model, about = transformers.AutoModelForCausalLM.from_pretrained(
+            str(source),
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # of many kinds, for a folder whose parts do not fit each other
         raise UserError(
-            f"model {str(source)!r} could not be loaded: {first_line(error)} (give a local folder with config.json and "
-            "model.safetensors, or a hub name on a machine with internet)"
+            f"model {str(source)!r} could not be loaded: {first_line(error)} {remedy} on a machine with internet)"
         ) from error
+    if missing := sorted(about["missing_keys"]):  # they would be drawn at random
+        raise UserError(
+            f"model {str(source)!r} lacks {len(missing)} of its weights, {missing[0]} among them: its configuration and its "
+            f"weights are of two models {remedy})"
+        )
     return model.to(device).eval()
 
 

@@ -234,7 +234,7 @@ def test_what_is_changed_goes_to_a_folder_of_its_own_and_is_said(kit, capfd, mon
     assert main([*words, "--seeds", "1", "2"]) == 0
     assert (kit / "figures" / "runs" / "smoke-seeds-1-2" / "02_more.png").exists()
     assert main([*words, "--without-real-text"]) == 0
-    assert (kit / "figures" / "runs" / "smoke-real_text-False" / "02_more.png").exists()
+    assert (kit / "figures" / "runs" / "smoke-no-real_text" / "02_more.png").exists()
     assert lying(kit / "figures" / "smoke") == plain
     # What a chapter or profile says anyway is no change.
     monkeypatch.setenv(cli.NO_TEXT, "0")

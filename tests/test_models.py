@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,3 +146,14 @@ def test_evaluate_reads_only_the_completion():
     log_p, _ = models.evaluate(model, data)
     logits = model(input_ids=data["input_ids"]).logits[:, -2].log_softmax(-1)
     torch.testing.assert_close(log_p, logits.gather(1, data["input_ids"][:, -1:]).squeeze(1).detach())
+
+
+@pytest.mark.parametrize("other", ["llama", "wider"])
+def test_weights_of_another_model_are_refused_and_never_drawn_at_random(tmp_path, other, capfd):
+    for name, architecture, width in (("own", "gpt_neox", 16), ("llama", "llama", 16), ("wider", "gpt_neox", 32)):
+        models.initialise(models.configure(architecture, 29, width, 1, 24), 0).save_pretrained(tmp_path / name)
+    shutil.copy(tmp_path / other / "model.safetensors", tmp_path / "own" / "model.safetensors")
+    capfd.readouterr()
+    with pytest.raises(UserError, match="own' (lacks|could not be loaded).*give a local folder") as caught:
+        models.load_pretrained(tmp_path / "own")
+    assert "\n" not in str(caught.value) and capfd.readouterr().err == ""

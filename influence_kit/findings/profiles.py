@@ -65,6 +65,7 @@ T = TypeVar("T")
 Several = Annotated[tuple[T, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
 Folder = Annotated[str, AfterValidator(lambda path: str(working_folder() / Path(path).expanduser()) if path else "")]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Word = Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]  # part of a package's name
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 # Parts of dataclasses that may be less than any number from 0 on, where they do not say so themselves.
 LIMITS: dict[type, dict[str, Any]] = {
@@ -77,8 +78,11 @@ LIMITS: dict[type, dict[str, Any]] = {
         **dict.fromkeys(("most_supporters", "held_out", "queries"), Count),
         "repetitions": tuple[Count, ...],
     },
-    ParallelText: dict.fromkeys(("pairs", "held_out", "queries", "scan", "length", "vocabulary"), Count),
-    Dialogue: dict.fromkeys(("length", "vocabulary"), Count),
+    ParallelText: {
+        **dict.fromkeys(("pairs", "held_out", "queries", "scan", "length", "vocabulary"), Count),
+        "languages": tuple[Word, ...],
+    },
+    Dialogue: {**dict.fromkeys(("length", "vocabulary"), Count), "campaigns": tuple[Word, ...]},
 }
 
 
@@ -107,7 +111,7 @@ class Size(_Strict):
 
     width: int = Field(16, ge=16, le=LARGEST, multiple_of=16)
     depth: Count = 1
-    learning_rate: float = Field(3e-3, gt=0)
+    learning_rate: float = Field(3e-3, gt=0, le=10)
     architecture: Literal["", *ARCHITECTURES] = ""  # type: ignore[valid-type]
     pretrained: str = ""
 
@@ -213,7 +217,9 @@ class PlantedGrid(_Grid):
             if name == "base":
                 raise ValueError("arms: 'base' is the world as it stands; give the arm another name")
             if unknown := set(arm.widths or ()) - widths:
-                raise ValueError(f"arms: {name} asks for widths {sorted(unknown)}, the family has {sorted(widths)}")
+                raise ValueError(
+                    f"arms: {name} asks for widths {sorted(unknown)}, the family has {sorted(widths)}: choose of these"
+                )
         return self
 
     def of_arm(self, arm: str, seed: int) -> dict[str, Any]:
@@ -539,7 +545,7 @@ def _told(error: Any, place: str = "") -> str:
     if error["type"] == "value_error":  # one of the checks above: it names the value itself
         return f"{where}: {error['ctx']['error']}".removeprefix(": ")
     if error["type"] == "missing":
-        return f"{where} is missing"
+        return f"{where} is missing: give it"
     told = re.sub(r"^(Input|String|Tuple) should", "must", error["msg"].partition(" or instance of")[0])
     for ours, theirs in (
         ("whole number", "integer"),

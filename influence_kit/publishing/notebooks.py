@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from influence_kit.errors import UserError
+from influence_kit.errors import UserError, first_line
 from influence_kit.files import sha256, working_folder, write_whole
 from influence_kit.runner.fingerprint import cells_digest
 from influence_kit.runner.machine import cache_root, repository
@@ -60,10 +60,13 @@ def read_cells(path: Path) -> list[list]:
     nbformat = _nbformat()
     try:
         notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
     except FileNotFoundError as error:
-        raise UserError(f"there is no notebook {path}") from error
-    except Exception as error:
-        raise UserError(f"{path} is not a notebook that nbformat can read: {error}") from error
+        raise UserError(f"there is no notebook {path}: bring it back (git checkout), or choose another") from error
+    except Exception as error:  # of many kinds, for a file that is cut or holds something else
+        raise UserError(
+            f"{path} is not a notebook that nbformat can read ({first_line(error)}): bring it back (git checkout)"
+        ) from error
     return [[cell.cell_type, cell.source, list(cell.metadata.get("tags", []))] for cell in notebook.cells]
 
 
@@ -159,7 +162,7 @@ def chapter_stage(
         code = cells_digest(source for kind, source, _ in cells if kind == "code")
     except SyntaxError as error:
         raise UserError(
-            f"{path}: its code cells are not plain Python ({error.msg}: {(error.text or '').strip()!r})"
+            f"{path}: its code cells are not plain Python ({error.msg}: {(error.text or '').strip()!r}): mend that cell"
         ) from error
     return Stage(
         kind="chapter",

@@ -82,9 +82,14 @@ class Run:
 
 def _named(changed: Mapping[str, object]) -> str:
     """What was changed as part of a folder's name: whole where that is short and plain, else its beginning and a hash."""
-    ordered = sorted(changed.items(), key=lambda item: (item[0] != "model", item[0]))
-    words = [f"{name}-{'-'.join(map(str, v)) if isinstance(v, list) else v}" for name, v in ordered]
-    plain = re.sub(r"[^\w.-]+", "-", text := "-".join(words)).strip("-.")
+
+    def word(name: str, value: object) -> str:
+        if isinstance(value, bool):
+            return name if value else f"no-{name}"
+        return f"{name}-{'-'.join(map(str, value)) if isinstance(value, list) else value}"
+
+    text = "-".join(word(*item) for item in sorted(changed.items(), key=lambda item: (item[0] != "model", item[0])))
+    plain = re.sub(r"[^\w.-]+", "-", text).strip("-.")
     return plain if plain == text and len(plain) <= LONGEST else f"{plain[:LONGEST]}-{digest(dict(changed))[:6]}"
 
 

@@ -42,7 +42,7 @@ def slow(parameters, inputs, out, progress):
     step, link = json.loads(saved.read_text()) if saved.exists() else (0, "")
     tell(f"slow from {step}")
     while step < STEPS:
-        time.sleep(0.05)
+        time.sleep(parameters.get("pause", 0.05))
         link, step = hashlib.sha256(f"{link}{step}".encode()).hexdigest(), step + 1
         part = resume / "link.part"
         part.write_text(json.dumps([step, link]))
