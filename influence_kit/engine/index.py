@@ -280,7 +280,7 @@ class Index:
             places = torch.arange(start, start + len(codes)).expand_as(both)
             values, rows = ends(torch.cat([values, both], 2), torch.cat([rows, places], 2), size)
         if sequences is None:
-            return TopScores(values, rows, form, self.sequences, True, refined and refined.about)
+            return TopScores(values, rows, form, self.sequences, True, refined and refined.about)  # type: ignore[arg-type]
         return self._rescored(model, queries, sequences, rows, k, form, batch_size, refined or 0)
 
     def _rescored(self, model, queries, sequences, rows: Tensor, k: int, form, batch_size, refine) -> TopScores:

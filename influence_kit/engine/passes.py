@@ -97,15 +97,15 @@ def sequence_gradients(
     if recorder.costs is None:
         recorder.costs = costs_of(model)
     costs, most = recorder.costs, room(batch.tokens.device)
-    rows = max(int(most.activations // (batch.length * costs.token)), 1)
-    cut = costs.vocabulary * batch.length * min(rows, len(batch.tokens)) > most.logits
+    rows = max(int(most.activations // (batch.length * costs.token)), 1)  # type: ignore[attr-defined]
+    cut = costs.vocabulary * batch.length * min(rows, len(batch.tokens)) > most.logits  # type: ignore[attr-defined]
     if cut:
         if recorder.plain is None:
-            recorder.plain = is_plain(model, costs.head, batch)
+            recorder.plain = is_plain(model, costs.head, batch)  # type: ignore[attr-defined]
             recorder.forget()
         if not recorder.plain:
-            rows, cut = max(most.logits // (costs.vocabulary * batch.length), 1), False
-    one = (lambda *given: _by_parts(costs.head, *given)) if cut else _whole
+            rows, cut = max(most.logits // (costs.vocabulary * batch.length), 1), False  # type: ignore[attr-defined]
+    one = (lambda *given: _by_parts(costs.head, *given)) if cut else _whole  # type: ignore[attr-defined]
     if rows >= len(batch.tokens):
         return one(model, recorder, batch, labels)
     together: dict[str, TokenGradients] = {}

@@ -148,7 +148,7 @@ class GaussNewton:
         head = costs_of(self.model).head
         if head is None or any(layer is head for layer in self.layers.values()) or not self.total:
             return None
-        first = Batch(*(part[:1].to(device_of(self.model)) for part in self._sample[:2]), self._sample.length)
+        first = Batch(*(part[:1].to(device_of(self.model)) for part in self._sample[:2]), self._sample.length)  # type: ignore[arg-type, call-arg]
         with frozen(self.model):
             return head if is_plain(self.model, head, first) else None
 
@@ -187,13 +187,13 @@ class GaussNewton:
         """The loss's second derivative with respect to the states [B, L, H], times their tangents [Q, B, L, H]; no others than
         wanted positions [B, L] have any."""
         found, head = torch.zeros_like(moved), self._trunk.head
-        weight = None if head is None else widened(head.weight if isinstance(head, nn.Linear) else head.weight.T)
+        weight = None if head is None else widened(head.weight if isinstance(head, nn.Linear) else head.weight.T)  # type: ignore[arg-type, union-attr]
         vocabulary = states.shape[2] if weight is None else len(weight)
         folded = weight is not None and weight.shape[1] < 2 * len(moved)
         step = max(self._block() // (vocabulary * (weight.shape[1] if folded else len(moved))), 1)
         for places in wanted.flatten().nonzero().flatten().split(step):
             h, x = states.flatten(0, 1)[places], moved.flatten(1, 2)[:, places]
-            p = widened(h if head is None else head(h)).softmax(-1)
+            p = widened(h if head is None else head(h)).softmax(-1)  # type: ignore[operator]
             if folded:
                 apart = weight - (p @ weight)[:, None]  # [n, V, H]
                 middle = (apart * p[..., None]).mT @ apart
@@ -228,7 +228,7 @@ class _Trunk(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         if self.head is None:
             return forward(self.model, tokens)
-        return before_head(self.model, self.head, tokens).view(*tokens.shape, -1)
+        return before_head(self.model, self.head, tokens).view(*tokens.shape, -1)  # type: ignore[arg-type]
 
 
 def sampled_gradients(

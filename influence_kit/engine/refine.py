@@ -341,7 +341,7 @@ class _Solver:
         barrier()  # all have looked before one writes
         if parts is None or int(parts["done"]) > self.iterations:
             return None
-        return Iterate(*(parts[each.name].to(v) for each in fields(Iterate)[:-1]), done=int(parts["done"]))
+        return Iterate(*(parts[each.name].to(v) for each in fields(Iterate)[:-1]), done=int(parts["done"]))  # type: ignore[arg-type, misc]
 
     def _keep(self, name: str, found: Iterate) -> None:
         if rank_and_size()[0] == 0:

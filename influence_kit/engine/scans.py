@@ -131,7 +131,7 @@ def score(
         layer_values,
         sweep.directions.errors,
         partial(_tokens_of, model, factors, queries, sequences, damping, sweep.refined),
-        sweep.refined and sweep.refined.about,
+        sweep.refined and sweep.refined.about,  # type: ignore[arg-type]
     )
 
 
@@ -202,7 +202,7 @@ def top_scores(
         told = all_gather(unusable)
     bad = int(told[:, -1].sum())
     warn_of_unusable(bad, told[:, :-1].flatten().sort().values[: min(bad, NAMED)].tolist(), total)
-    return TopScores(values, rows, form, corpus_size or total, refinement=sweep.refined and sweep.refined.about)
+    return TopScores(values, rows, form, corpus_size or total, refinement=sweep.refined and sweep.refined.about)  # type: ignore[arg-type]
 
 
 def token_scores(
@@ -316,7 +316,7 @@ class Sweep:
         check_norms(directions.norms)
         whitening = {n: inverse(layer.damped(damping)) for n, layer in beside.layers.items()} if norms else {}
         about = (corpus_digest(queries), damping, batch_size, by_layer, norms, rank)
-        about += () if refined is None else (directions.norms.tolist(),)
+        about += () if refined is None else (directions.norms.tolist(),)  # type: ignore[assignment]
         return Sweep(model, beside, sequences, directions, whitening, batch_size, by_layer, about, refined)
 
     @contextmanager

@@ -205,7 +205,7 @@ def correlation(points: pandas.DataFrame, column: str, given: str) -> Estimate:
         for seed, part in points.groupby("seed")
     }
     exact = {"method": "t", "bounds": (-1, 1)} if len(by_seed) > 1 else {}
-    return bootstrap(list(by_seed.values()), list(by_seed), **exact)
+    return bootstrap(list(by_seed.values()), list(by_seed), **exact)  # type: ignore[arg-type]
 
 
 def removal(base: Iterable[Trained], again: Iterable[Trained]) -> pandas.DataFrame:
@@ -259,4 +259,4 @@ def shown_query(end: pandas.DataFrame, run: Trained) -> tuple[int, dict[int, str
     own = end[(end["size"] == run.parameters) & (end["seed"] == run.seed)]["T2"].to_numpy()
     query = int(np.argsort(own, kind="stable")[len(own) * 3 // 4])
     members = {name: member[scan.queries[query]] for name, member in tiers(run.world, scan.rows).items()}
-    return query, {place: name for name, member in members.items() for place in np.flatnonzero(member)}
+    return query, {place: name for name, member in members.items() for place in np.flatnonzero(member)}  # type: ignore[misc]

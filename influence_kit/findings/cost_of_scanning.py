@@ -431,7 +431,7 @@ def speed_ups(tables: Sequence[pandas.DataFrame], queries: int, residual: float 
 
     first, *others = (table.groupby(MODEL, sort=False) for table in tables)
     return pandas.DataFrame(
-        {**dict(zip(MODEL, key)), **speed_up(rows, *(other.get_group(key) for other in others), queries, residual)}
+        {**dict(zip(MODEL, key)), **speed_up(rows, *(other.get_group(key) for other in others), queries, residual)}  # type: ignore[call-arg]
         for key, rows in first
     )
 

@@ -80,7 +80,7 @@ def reads(profile: Profile) -> list[Planned]:
 
 def dropped_arms(profile: Profile) -> list[str]:
     """The arms of Cast that are trained again with documents taken out."""
-    return [name for name, arm in profile.cast.arms.items() if arm.world.get("dropped")]
+    return [name for name, arm in profile.cast.arms.items() if arm.world.get("dropped")]  # type: ignore[union-attr]
 
 
 def contrasts(scores, tiers: Mapping[str, np.ndarray], top: float = 0.01) -> pandas.DataFrame:

@@ -129,7 +129,7 @@ class Trained:
             UserError: no query of this kind was scored.
         """
         found = read_scan(ensure(self.planned.influence[fraction]), self.world.sequences.num_rows)
-        wanted = (kind,) if kind else WORLDS[self.world.name].asks if self.world.name in WORLDS else ()
+        wanted = (kind,) if kind else WORLDS[self.world.name].asks if self.world.name in WORLDS else ()  # type: ignore[attr-defined]
         if wanted and kind is not None:
             kinds = self.world.queries["kind"].to_numpy(zero_copy_only=False)[found.queries]
             if not set(wanted) & set(known := sorted(set(kinds))):

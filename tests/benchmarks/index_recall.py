@@ -35,9 +35,9 @@ from influence_kit.engine import index
 from influence_kit.engine.index import Index, build_index, recall
 from influence_kit.engine.scores import TopScores, ends
 from influence_kit.errors import UserError
+from influence_kit.findings.common import scan_rows, scored_queries
 from influence_kit.findings.families import planted_grid, text_grid
 from influence_kit.findings.profiles import load_profile
-from influence_kit.findings.common import scan_rows, scored_queries
 from influence_kit.models import load
 from influence_kit.publishing.readme import fill
 from influence_kit.runner.stages import ensure

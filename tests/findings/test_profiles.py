@@ -7,8 +7,8 @@ from influence_kit.corpora.world import World
 from influence_kit.errors import UserError
 from influence_kit.findings import discovery
 from influence_kit.findings import families as grid
-from influence_kit.findings.profiles import FOLDER, PLANTED, load_profile, profile_names
 from influence_kit.findings.is_ekfac_right import middle_width
+from influence_kit.findings.profiles import FOLDER, PLANTED, load_profile, profile_names
 from influence_kit.publishing.costs import cost_of, shape
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -89,7 +90,12 @@ def test_the_server_has_the_notebooks_and_this_kernel(tmp_path):
 
         def get(place: str) -> dict:
             url = f"{json.loads(about[0].read_text())['url']}api/{place}?token=word"
-            return json.loads(urllib.request.urlopen(url, timeout=30).read())
+            while True:  # the file about a server is there a moment before the server listens
+                try:
+                    return json.loads(urllib.request.urlopen(url, timeout=30).read())
+                except urllib.error.URLError:
+                    assert time.monotonic() < deadline and server.poll() is None
+                    time.sleep(0.1)
 
         assert "03_heavy_tails.ipynb" in {entry["name"] for entry in get("contents/notebooks")["content"]}
         kernels = get("kernelspecs")
