@@ -27,6 +27,7 @@ import string
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -39,9 +40,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}
 
+from tqdm import tqdm  # noqa: E402
+
 from influence_kit.errors import UserError  # noqa: E402
 from influence_kit.runner.stages import Stage, ensure  # noqa: E402
 from tests.runner import tiny_stages  # noqa: E402
+
+tqdm.monitor_interval = 0  # no thread and no lock that a fork would share with one that is killed
+tqdm.set_lock(threading.RLock())
 
 SURVIVED, REFUSED, LOST, WRONG = "survived", "refused", "lost", "wrong"
 SLOWEST = 5.0  # seconds that a refusal may take
