@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 
 from influence_kit.errors import UserError
-from influence_kit.files import sha256
+from influence_kit.files import sha256, write_whole
 from influence_kit.runner.fingerprint import digest, name_of, source_digest, versions
 from influence_kit.runner.live import Progress, live
 from influence_kit.runner.machine import cache_root, circumstances, reset_peak_memory, say, storage_problem, threads
@@ -230,7 +230,7 @@ def _seal(stage: Stage, part: Path, made: dict) -> None:
         "files": files,
         "made": made,
     }
-    (part / "stage.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    write_whole(part / "stage.json", json.dumps(content, indent=1, sort_keys=True) + "\n")
     for path in [*part.rglob("*"), part]:
         _sync(path)
     old = stage.beside(".old")

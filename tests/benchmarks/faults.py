@@ -225,17 +225,17 @@ def cache_at(folder: Path) -> Iterator[Path]:
         os.environ.pop("INFLUENCE_KIT_CACHE") if before is None else os.environ.update(INFLUENCE_KIT_CACHE=before)
 
 
-def made_again(stage: Stage, before: dict[str, dict[str, bytes]], verify: bool = False) -> Outcome:
-    """Run again: every stage has the bytes of a run that nothing happened to."""
+def made_again(stage: Stage, before: dict[str, dict[str, bytes]], tidy: bool = True) -> Outcome:
+    """Run again: every stage has the bytes of a run that nothing happened to, and (`tidy`) nothing lies beside it."""
     try:
-        ensure(stage, verify=verify)
-        after = {each.fingerprint: contents(ensure(each, verify=verify)) for each in below(stage)}
+        ensure(stage)
+        after = {each.fingerprint: contents(ensure(each)) for each in below(stage)}
     except Exception:
         return Outcome(LOST, traceback.format_exc(limit=-3))
     left = [each.name for each in below(stage) if each.beside(".part").exists() or each.beside(".old").exists()]
     if after != before:
         return Outcome(WRONG, "other bytes than of an undisturbed run")
-    return Outcome(LOST, f"left behind: {left}") if left else Outcome(SURVIVED)
+    return Outcome(LOST, f"left behind: {left}") if left and tidy else Outcome(SURVIVED)
 
 
 @cache
@@ -377,7 +377,7 @@ def damaged(rng: random.Random, place: Path) -> Outcome:
                     (junk.mkdir() if rng.random() < 0.5 else junk.write_bytes(rng.randbytes(50)))
                 if rng.random() < 0.7 and stage.folder.is_dir():
                     shutil.rmtree(stage.folder)
-        return made_again(chain(), before)
+        return made_again(chain(), before, tidy=False)
 
 
 # --- disk
@@ -405,9 +405,8 @@ def full(rng: random.Random, place: Path) -> Outcome:
     before, _ = undisturbed(chain)
     with cache_at(place / "cache"):
         stage = rng.choice([each for each in below(chain()) if each.kind in ("slow", "number", "total")])
-        name, beside = rng.choice(
-            [("value.json", ".part"), ("stage.json", ".part"), ("", ".log"), ("more/text.txt", ".part")]
-        )
+        names = ["value.json", "stage.json.part", *(["more/text.txt"] if stage.kind == "number" else [])]
+        name, beside = rng.choice([("", ".log"), *((name, ".part") for name in names)])
         target = stage.beside(beside) / name if name else stage.beside(beside)
         target.parent.mkdir(parents=True)
         target.symlink_to("/dev/full")
