@@ -102,24 +102,27 @@ def damage(stage: Stage, verify: bool = False) -> str | None:
         return None
     try:
         record = json.loads((folder / "stage.json").read_bytes())
-        fingerprint, files = record["fingerprint"], record["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        fingerprint, check = record["fingerprint"], record.pop("check", None)
+        files = {name: (listed["size"], listed["sha256"]) for name, listed in record["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "stage.json is missing or unreadable"
     if fingerprint != stage.fingerprint:
         return "stage.json belongs to another stage"
+    if check not in (None, digest(record)):  # None: from before there was one
+        return "stage.json is not what was written"
     try:
-        seen = json.loads(seen_path.read_bytes())
-    except (OSError, ValueError):
+        seen = dict(json.loads(seen_path.read_bytes()))
+    except (OSError, ValueError, TypeError):
         seen = {}
     checked = {}
-    for name, listed in files.items():
+    for name, (size, hashed) in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         checked[name] = _stamp(path)
         if not verify and seen.get(name) == checked[name]:
             continue
-        if checked[name][0] != listed["size"] or sha256(path) != listed["sha256"]:
+        if checked[name][0] != size or sha256(path) != hashed:
             with suppress(OSError):  # whoever looks next must not trust times either
                 _remove(seen_path)
             return f"{name} is not what was written"
@@ -217,7 +220,7 @@ def _seal(stage: Stage, part: Path, made: dict) -> None:
     for path in sorted(part.rglob("*")):
         if path.is_file() and path != part / "stage.json":
             files[path.relative_to(part).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
-    content = {
+    content: dict = {
         "format": FORMAT,
         "kind": stage.kind,
         "label": stage.label,
@@ -230,6 +233,7 @@ def _seal(stage: Stage, part: Path, made: dict) -> None:
         "files": files,
         "made": made,
     }
+    content["check"] = digest(json.loads(json.dumps(content)))
     write_whole(part / "stage.json", json.dumps(content, indent=1, sort_keys=True) + "\n")
     for path in [*part.rglob("*"), part]:
         _sync(path)

@@ -161,6 +161,16 @@ def test_a_full_disk_ends_a_run_as_the_users_to_mend():
         run_stages([stage("fill_disk")], jobs=1)
 
 
+def test_a_full_disk_is_told_where_the_log_is_what_fails():
+    made = stage("fill_disk", "Large thing")
+    made.folder.parent.mkdir(parents=True)
+    made.beside(".log").symlink_to("/dev/full")
+    with pytest.raises(
+        UserError, match="^no space left in .* while making Large thing: free some there or set INFLUENCE_KIT_CACHE"
+    ):
+        run_stages([made], jobs=1)
+
+
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

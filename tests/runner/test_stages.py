@@ -98,6 +98,10 @@ def flip_behind_the_clock(path: Path) -> None:
         ("value.json", Path.unlink),
         ("stage.json", lambda path: path.write_bytes(path.read_bytes()[:50])),
         ("stage.json", Path.unlink),
+        (
+            "stage.json",
+            lambda path: path.write_text(path.read_text().replace('"wall_seconds": 0', '"wall_seconds": 9')),
+        ),
     ],
 )
 def test_damage_is_reported_in_one_line_and_made_again(name, harm, capfd):
@@ -109,6 +113,35 @@ def test_damage_is_reported_in_one_line_and_made_again(name, harm, capfd):
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 2 and lines[0].startswith("Seven: ") and name in lines[0] and "making it again" in lines[0]
     assert calls() == ["number 7", "end 7"] * 2
+
+
+def test_what_lies_in_the_way_of_a_stage_is_put_away():
+    made = stage("number", "Seven", value=7)
+    before = contents(ensure(made))
+    for name, harm in [
+        ("", Path.touch),
+        (".part", Path.touch),
+        (".old", Path.touch),
+        (".seen", Path.mkdir),
+        (".seen", Path.touch),
+    ]:
+        shutil.rmtree(made.folder)
+        shutil.rmtree(path) if (path := made.beside(name)).is_dir() else path.unlink(missing_ok=True)
+        harm(path)
+        if name == ".seen":
+            path.write_text("7") if path.is_file() else None
+            ensure(made)
+            flip(made.folder / "value.json")
+        assert contents(ensure(made)) == before
+
+
+def test_a_folder_where_a_lock_should_be_is_named():
+    made = stage("number", value=7)
+    made.beside(".lock").mkdir(parents=True)
+    with pytest.raises(
+        UserError, match=f"{made.beside('.lock')} is in the way of number .* move it away, then run again"
+    ):
+        ensure(made)
 
 
 def test_verify_hashes_files_whose_times_say_nothing():
