@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 
 from influence_kit.errors import UserError
-from influence_kit.files import sha256, write_whole
+from influence_kit.files import sha256
 from influence_kit.runner.fingerprint import digest, name_of, source_digest, versions
 from influence_kit.runner.live import Progress, live
 from influence_kit.runner.machine import cache_root, circumstances, reset_peak_memory, say, storage_problem, threads
@@ -234,7 +234,8 @@ def _seal(stage: Stage, part: Path, made: dict) -> None:
         "made": made,
     }
     content["check"] = digest(json.loads(json.dumps(content)))
-    write_whole(part / "stage.json", json.dumps(content, indent=1, sort_keys=True) + "\n")
+    _remove(part / "stage.json")  # of a kill at this very line, or a link that leads elsewhere
+    (part / "stage.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     for path in [*part.rglob("*"), part]:
         _sync(path)
     old = stage.beside(".old")

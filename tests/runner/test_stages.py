@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from influence_kit.errors import UserError
-from influence_kit.runner.stages import Stage, ensure, record, sha256
+from influence_kit.runner.stages import Stage, damage, ensure, record, sha256
 from tests.runner import tiny_stages
 from tests.runner.tiny_stages import STEPS, calls, stage
 
@@ -133,6 +133,15 @@ def test_what_lies_in_the_way_of_a_stage_is_put_away():
             ensure(made)
             flip(made.folder / "value.json")
         assert contents(ensure(made)) == before
+
+
+@pytest.mark.parametrize("left", ["stage.json", "stage.json.part"])
+def test_a_kill_while_a_stage_is_sealed_costs_nothing(left):
+    made = stage("number", value=7)
+    made.beside(".part").mkdir(parents=True)
+    (made.beside(".part") / left).write_text('{"fingerpr')
+    folder = ensure(made)
+    assert damage(made) == "" and (folder / "value.json").read_text() == "7"
 
 
 def test_a_folder_where_a_lock_should_be_is_named():
