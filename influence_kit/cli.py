@@ -44,8 +44,11 @@ Verify = Annotated[bool, typer.Option("--verify", help="Hash every cached file, 
 
 
 def split(values: Iterable[str]) -> list[str]:
-    """The words of options that may be repeated, or hold several between commas."""
-    return [word for value in values for word in value.replace(",", " ").split()]
+    """The words of options that may be repeated, or hold several between commas. Raises UserError for one without any."""
+    words = [value.replace(",", " ").split() for value in values]
+    if not all(words):
+        raise UserError("an option of --only, --seeds or --force is empty: give it a value, or leave it out")
+    return [word for some in words for word in some]
 
 
 def select(wanted: Sequence[str], chapters: Sequence[str]) -> list[str]:

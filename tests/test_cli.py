@@ -142,6 +142,8 @@ def test_chapters_are_found_by_number_or_name():
         (["run", "--seeds", "one"], "--seeds takes whole numbers"),
         (["run", "--force", "modle"], "--force knows no 'modle'; it takes all, chapter, number, "),
         (["run", "--jobs", "0"], "--jobs"),
+        (["run", "--force", ""], "an option of --only, --seeds or --force is empty: give it a value"),
+        (["run", "--seeds", ","], "an option of --only, --seeds or --force is empty"),
         (["run", "--bogus"], "No such option: --bogus"),
         (["flee"], "No such command 'flee'"),
     ],

@@ -405,7 +405,7 @@ def full(rng: random.Random, place: Path) -> Outcome:
     before, _ = undisturbed(chain)
     with cache_at(place / "cache"):
         stage = rng.choice([each for each in below(chain()) if each.kind in ("slow", "number", "total")])
-        names = ["value.json", "stage.json.part", *(["more/text.txt"] if stage.kind == "number" else [])]
+        names = ["value.json", *(["more/text.txt"] if stage.kind == "number" else [])]
         name, beside = rng.choice([("", ".log"), *((name, ".part") for name in names)])
         target = stage.beside(beside) / name if name else stage.beside(beside)
         target.parent.mkdir(parents=True)
@@ -823,7 +823,7 @@ def wrong_words(rng: random.Random, place: Path) -> Outcome:
     sys.__stderr__ = said
     try:
         with cache_at(place / "cache"), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-            code = main(words)
+            code = main([*words, "--plan"] if words[0] == "run" and "--sequences" not in words else words)
     except BaseException:
         return Outcome(LOST, f"{words}: {traceback.format_exc(limit=-3)}")
     finally:
@@ -921,7 +921,8 @@ def strange_text(rng: random.Random, place: Path) -> Outcome:
         read = world.sequences["text"][0].as_py()
         return chance or (fine and read == expected)
 
-    return attempt(lambda: world_of(reader() / "model", place if how == "folder" else file), "", right)
+    model = reader() / "model"
+    return attempt(lambda: world_of(model, place if how == "folder" else file), "", right)
 
 
 @kind("models", 50, 14)
@@ -978,7 +979,12 @@ def strange_model(rng: random.Random, place: Path) -> Outcome:
         (folder / "config.json").write_text(json.dumps(config))
 
     def work() -> object:
-        own = {"model": str(asked), "texts": str(reader() / "notes.jsonl"), "completion": " market.", "prompt": "The"}
+        own = {
+            "model": str(asked),
+            "texts": str(source.parent / "notes.jsonl"),
+            "completion": " market.",
+            "prompt": "The",
+        }
         assert check_own(own)
         return load_pretrained(asked)
 
