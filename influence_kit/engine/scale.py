@@ -138,7 +138,7 @@ def _parts(width: int, blocks: int) -> list[int]:
 
 
 def _triangle(width: int, blocks: int) -> int:
-    """Multiply-adds a token of a covariance's lower triangle, in strips of an eighth of a block."""
+    """Numbers in a covariance's lower triangle, in strips of an eighth of a block: so many multiply-adds a token."""
     strips = [(m, max(m // 8, 128), row) for m in _parts(width, blocks) for row in range(0, m, max(m // 8, 128))]
     return sum(min(step, m - row) * (m - row) for m, step, row in strips)
 
@@ -183,20 +183,22 @@ def estimate(shapes: Sequence[tuple], model: Decoder, work: Work) -> list[Stage]
 
 def _fit(s: _Sizes) -> list[Stage]:
     """Token gradients are kept between the passes as far as memory and disk last, and computed again beyond. Sums of
-    covariances (8 bytes) make room for eigenvectors in the working dtype; a copy of Lambda's shape stands beside its sums."""
+    covariances' triangles (8 bytes) make room, one square at a time, for eigenvectors in the working dtype."""
     batch, fitted, blocks = s.batch(fit_ekfac), s.work.fit / s.work.ranks, s.work.blocks
     needed = fitted * s.L * sum(s.sides) * s.number
     kept = min(FIT_MEMORY + s.work.disk, needed)
     filed = max(kept - FIT_MEMORY, 0)
-    covariances = 2.0 * s.L * sum(_triangle(n, blocks) for n in s.sides)
+    triangles = sum(_triangle(n, blocks) for n in s.sides)
     cubes = [float(sum(m**3 for m in _parts(n, blocks))) for n in s.sides]
     busiest = max(sum(cubes[rank :: s.work.ranks]) for rank in range(min(s.work.ranks, len(cubes))))
-    held, workspace = kept - filed + s.labels, 24 * max(_parts(max(s.sides), blocks)) ** 2
-    later = s.number * s.bases + (8 + (s.number < 8) * s.number) * s.numbers
+    widest = max(_parts(max(s.sides), blocks))
+    held, workspace = kept - filed + s.labels, 24 * widest**2
+    squared = 8 * (triangles - _triangle(widest, 1) + widest**2)  # what is decomposed takes the place of its triangle
+    later = s.number * s.bases + 8 * s.numbers
     again = fitted * ((1 - kept / needed) * s.passes + s.formed)
     return [
-        Stage("fit pass", fitted * (s.passes + covariances), batch + held + 8 * s.bases, filed, 0, filed),
-        Stage("eigendecomposition", 0, s.weights + held + 8 * s.bases + workspace, filed, cubes=busiest),
+        Stage("fit pass", fitted * (s.passes + 2.0 * s.L * triangles), batch + held + 8 * triangles, filed, 0, filed),
+        Stage("eigendecomposition", 0, s.weights + held + squared + workspace, filed, cubes=busiest),
         Stage("eigenvalue pass", again, batch + held + later, filed, s.factors, filed),
     ]
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 
 from influence_kit.corpora.texts.dialogue import Dialogue
 from influence_kit.corpora.texts.parallel import ParallelText
 from influence_kit.errors import UserError
+from influence_kit.files import sha256
 from influence_kit.findings import common
 from influence_kit.findings.extras import extras
 from influence_kit.findings.profiles import (
@@ -146,6 +148,26 @@ def trained_again(profile: Profile, world: str, chapter: str, *arms: str) -> lis
     return planted_grid(profile, world, arms, fractions=())
 
 
+def _contents(folder: Path, pattern: str = "**/*") -> list[list[str]]:
+    """Names and sha256 of a folder's files: other contents make another stage, whatever their size and time."""
+    return [
+        [path.relative_to(folder).as_posix(), _hashed(path, *_stamp(path))]
+        for path in sorted(folder.glob(pattern))
+        if path.is_file()
+    ]
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+@cache
+def _hashed(path: Path, *stamp: int) -> str:
+    """sha256 of a file, taken once while its stamp stays: every stage of a plan asks for it."""
+    return sha256(path)
+
+
 def text_stage(grid: TextGrid | None) -> Stage:
     """The stage that fetches or reads real text."""
     if grid is None:
@@ -153,8 +175,7 @@ def text_stage(grid: TextGrid | None) -> Stage:
     languages = list(grid.world.get("languages", ParallelText().languages))
     parameters = {"source": grid.source, "folder": grid.folder, "languages": languages}
     if grid.folder:  # so that other files in the same place make another text
-        files = sorted(path for path in Path(grid.folder).rglob("*") if path.is_file())
-        parameters["files"] = [[path.name, path.stat().st_size] for path in files]
+        parameters["files"] = _contents(Path(grid.folder))
     return Stage("text", common.text, parameters, label="real text", early=True)
 
 
@@ -174,8 +195,7 @@ def lines_stage(grid: DialogueGrid) -> Stage:
     campaigns = sorted({*grid.world.get("campaigns", Dialogue().campaigns), *(name for part in named for name in part)})
     parameters = {"source": grid.source, "folder": grid.folder, "campaigns": campaigns}
     if grid.folder:  # so that other files in the same place make other lines
-        files = sorted(path for path in Path(grid.folder).glob("*.deb"))
-        parameters["files"] = [[path.name, path.stat().st_size] for path in files]
+        parameters["files"] = _contents(Path(grid.folder), "*.deb")
     return Stage("text", common.lines, parameters, label="spoken lines", early=True)
 
 
@@ -240,7 +260,10 @@ def _pretrained(
     profile: Profile, scan: ScanSettings, seed: int, size: Size, world: Stage, fractions: Iterable[float]
 ) -> Planned:
     """A model from elsewhere, and the real-text world in its own tokens."""
-    name, source = f"{Path(size.pretrained).name}, seed {seed}", {"source": size.pretrained}
+    name = f"{Path(size.pretrained).name}, seed {seed}"
+    source: dict = {"source": size.pretrained}
+    if Path(size.pretrained).is_dir():
+        source["files"] = _contents(Path(size.pretrained))
     own = {**source, "length": world.parameters["length"]}
     world = Stage("world", common.retokenise, own, {"world": world}, label=f"text world for {name}")
     label = f"load {name}"

@@ -163,8 +163,8 @@ def test_bytes_that_a_fit_holds_are_the_engines(dtype, kept, monkeypatch):
     workspace = 24 * 257**2  # of the widest side, M' of the second layer
     first = expected["eigendecomposition"].memory - sizes.weights - workspace
     second = expected["eigenvalue pass"].memory - sizes.batch(fit_ekfac)
-    assert found["eigendecomposition"] == pytest.approx(first, rel=0.2)  # a plan is right within a fifth
-    assert found["eigenvalue pass"] == pytest.approx(second, rel=0.2)  # rows are aligned: 65 columns take 80
+    assert found["eigendecomposition"] == pytest.approx(first, rel=0.05)
+    assert found["eigenvalue pass"] == pytest.approx(second, rel=0.1)  # rows are aligned: 65 columns take 80
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """A model and a text from the user's own folders through the real stages, as the hub profile does with names."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -88,6 +89,23 @@ def test_own_model_on_own_text(folders, tmp_path, monkeypatch):
     ids, mask = (run.world.queries[name][0].as_py() for name in ("input_ids", "loss_mask"))
     assert "".join(token_texts(run.world, ids[: mask.index(True) + sum(mask)])) == text
     assert run.card(0, k=2).png[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("name", ["text/pairs.jsonl", "model/model.safetensors"])
+def test_a_file_of_equal_length_with_other_content_makes_other_stages(folders, tmp_path, name):
+    copy = tmp_path / "own"
+    shutil.copytree(folders, copy)
+
+    def fingerprints():
+        (trained,) = grid.text_grid(profile_with(copy, tmp_path))
+        return {stage.fingerprint for stage in trained.stages}
+
+    before, path = fingerprints(), copy / name
+    content = path.read_bytes()
+    path.write_bytes(content)
+    assert fingerprints() == before  # times alone say nothing
+    path.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+    assert before != fingerprints()
 
 
 def test_pretrained_models_have_no_path_and_no_atlas(folders, tmp_path):
