@@ -422,6 +422,9 @@ def in_every_process(folder: Path) -> None:
     assert torch.equal(found.sequences, exact.sequences)
     torch.distributed.barrier()  # a rank that leaves while another still sends aborts
     torch.distributed.destroy_process_group()
+    # a worker of gloo's that lets go of a tensor while Python ends aborts the process, one time in twenty here
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def test_two_processes_write_what_one_writes(tmp_path):
@@ -430,7 +433,7 @@ def test_two_processes_write_what_one_writes(tmp_path):
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command += [__file__, str(tmp_path / "two")]
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.returncode == 0, ran.stderr[:2000]
     model, data = tiny_model("llama"), random_sequences(45, padded=True)
     two = Index.open(tmp_path / "two")
     one = build_index(model, two.factors, data, tmp_path / "one", bytes_per_sequence=72)
