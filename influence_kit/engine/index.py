@@ -245,7 +245,7 @@ class Index:
             form: raw, relatif or cosine.
             batch_size: Sequences read at a time.
             refine: As for `score`; the index stays as it is.
-            refine_on: As for `score`. Without `sequences` nothing is left unsolved on others than these that could be told.
+            refine_on: As for `score`. Without `sequences` there are none that the fresh residual could be taken on.
 
         Raises:
             ValueError: Another model's weights, a query without a target, another number of sequences than indexed, or a

@@ -3,10 +3,10 @@
     G v = mean over sequences of sum_t J_t^T (diag p_t - p_t p_t^T) J_t v         (the paper's Eq 9; one matrix over all
                                                                                  tracked layers, nothing factored)
 
-J_t is the Jacobian of the logits at t. Tangents J v come from forward-mode differentiation and J^T from a backward pass, each
-for many rows of v at once beside one forward pass. Where the logits are the head's output as it is, both end at what goes into
-the head, h: there, with head W and mean m = W^T p, the middle is C = sum_v p_v (w_v - m)(w_v - m)^T, taken once for all rows of
-v where that is cheaper.
+J_t is the Jacobian of the logits at t. J^T comes from a backward pass, J v from the backward pass's own derivative, each for many
+rows of v at once beside one forward pass, which is kept for the next product where memory has room. Where the logits are the
+head's output as it is, both end at what goes into the head, h: there, with head W and mean m = W^T p, the middle is
+C = sum_v p_v (w_v - m)(w_v - m)^T, taken once where h is narrow.
 
 Vectors over the tracked weights are flat, [Q, D]: a row a query, each layer's [P, M'] after the other.
 """
@@ -14,24 +14,34 @@ Vectors over the tracked weights are flat, [Q, D]: a row a query, each layer's [
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp, vmap
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .factors import Factors, rotate_columns, rotate_rows
 from .gradients import Recorder, TokenGradients, device_of, forward, frozen, widened
 from .labels import drawn_at, uniforms
 from .layers import shape_of
-from .passes import before_head, costs_of, is_plain, sequence_gradients
+from .passes import before_head, costs_of, is_plain, room, sequence_gradients
 from .processes import all_reduce, shard
 from .sequences import Batch, batch_rows, count, read_batch
 
-# Rows of v times tokens times the widest activation of a token, in numbers, at a time.
-CPU_BLOCK, GPU_BLOCK = 1 << 21, 1 << 26
-UNKNOWN = ("forward AD", "forward-mode", "functorch", "vmap")  # in what torch says of operations without tangents
+ROWS = 16  # of v, taken at once
+CPU_BLOCK, GPU_BLOCK = 1 << 20, 1 << 26  # numbers of the widest activation, of so many rows, at a time
+FOLDED = 64  # widest h for which C [H, H] is formed: V H^2 multiplications once a token, not 2 V H for every v
+ELEMENTWISE = (nn.GELU, nn.SiLU, nn.ReLU, nn.Tanh, nn.Sigmoid)
+UNKNOWN = (
+    "twice",
+    "is not implemented",
+    "not have been used",
+    "functorch",
+    "vmap",
+)  # in what torch says of operations that it cannot
+HELD = 3  # bytes that a pass and its backward pass hold, over those of a pass alone
 
 
 class GaussNewton:
@@ -66,7 +76,9 @@ class GaussNewton:
         self.damping_of = torch.cat(parts)
         self.total = count(sequences)
         self._sample = read_batch(sequences, slice(0, self.total))
-        self._trunk = _Trunk(model, self._head())
+        self._trunk, self._tried = _Trunk(model, self._head()), False
+        self._passes: dict[int, _Pass] = {}
+        self._room = float(room(device_of(model)).activations)
 
     def split(self, vectors: Tensor) -> dict[str, Tensor]:
         """Each layer's part [..., P, M'] of flat vectors [..., D]."""
@@ -122,11 +134,14 @@ class GaussNewton:
         Cost of a sequence and row of v, where its forward and backward pass together are 1: 4/3 (tangents 2/3, backward 2/3).
         """
         chosen = torch.arange(self.total) if rows is None else torch.as_tensor(rows)
-        total, step = torch.zeros_like(vectors), max(self._rows_at_once() // len(vectors), 1)
-        for part in shard(list(chosen.split(step))):
-            some = {"input_ids": self._sample.tokens[part], "loss_mask": self._sample.loss_mask[part]}
-            batch = read_batch(some, slice(0, len(part)), device_of(self.model))
-            total += self._summed(vectors, batch)
+        total = torch.zeros_like(vectors)
+        for number, part in shard(list(enumerate(chosen.split(self._at_once())))):
+            one = self._passes.get(number) if rows is None else None
+            one = one or self._pass(part)
+            if rows is None and number not in self._passes and one.held <= self._room:
+                self._passes[number], self._room = one, self._room - one.held
+            for some in batch_rows(len(vectors), ROWS):
+                total[some] += self.flat(one(self.weights_of(vectors[some])))
         all_reduce([total])
         return total / len(chosen) + self.damping_of * vectors
 
@@ -152,73 +167,160 @@ class GaussNewton:
         with frozen(self.model):
             return head if is_plain(self.model, head, first) else None
 
-    def _block(self) -> int:
-        return CPU_BLOCK if self.damping_of.device.type == "cpu" else GPU_BLOCK
-
-    def _rows_at_once(self) -> int:
-        """Sequences, times rows of v, whose tangents are held at a time."""
+    def _at_once(self) -> int:
+        """Sequences in a pass, so that ROWS tangents of their widest activation fit."""
         heads = getattr(getattr(self.model, "config", None), "num_attention_heads", None) or 0
         widest = max(max(max(shape) for shape in self.shapes.values()), heads * self._sample.length)
-        return max(self._block() // (widest * self._sample.length), 1)
+        return max(_block(self.damping_of.device) // (widest * self._sample.length * ROWS), 1)
 
-    def _summed(self, vectors: Tensor, batch: Batch) -> Tensor:
-        """Sum over a batch's sequences of J^T H J v, [Q, D]."""
-        tokens, wanted = batch.tokens[:, : batch.length], batch.loss_mask[:, 1 : batch.length + 1]
-        weights = {f"model.{name}": self.model.get_parameter(name).detach() for name in self.weights_of(vectors)}
-
-        def states(weights: dict[str, Tensor]) -> Tensor:
-            return functional_call(self._trunk, weights, (tokens,))
-
-        def tangent(moved: dict[str, Tensor]) -> Tensor:
-            return jvp(states, (weights,), (moved,))[1]
-
-        found = []
-        # Of the attention kernels only the plain one has forward-mode derivatives.
-        with _explained(), frozen(self.model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            h, back = vjp(states, weights)  # type: ignore[misc]
-            for some in vectors.split(max(self._rows_at_once() // len(tokens), 1)):
-                moved = {f"model.{n}": part.to(weights[f"model.{n}"]) for n, part in self.weights_of(some).items()}
-                pulled = self._curved(h, vmap(tangent)(moved), wanted)
-                each = vmap(lambda one: back(one)[0])(pulled)
-                found.append(self.flat({n.removeprefix("model."): g for n, g in each.items()}).to(vectors))
-        return torch.cat(found)
-
-    def _curved(self, states: Tensor, moved: Tensor, wanted: Tensor) -> Tensor:
-        """The loss's second derivative with respect to the states [B, L, H], times their tangents [Q, B, L, H]; no others than
-        wanted positions [B, L] have any."""
-        found, head = torch.zeros_like(moved), self._trunk.head
-        weight = None if head is None else widened(head.weight if isinstance(head, nn.Linear) else head.weight.T)  # type: ignore[arg-type, union-attr]
-        vocabulary = states.shape[2] if weight is None else len(weight)
-        folded = weight is not None and weight.shape[1] < 2 * len(moved)
-        step = max(self._block() // (vocabulary * (weight.shape[1] if folded else len(moved))), 1)
-        for places in wanted.flatten().nonzero().flatten().split(step):
-            h, x = states.flatten(0, 1)[places], moved.flatten(1, 2)[:, places]
-            p = widened(h if head is None else head(h)).softmax(-1)  # type: ignore[operator]
-            if folded:
-                apart = weight - (p @ weight)[:, None]  # [n, V, H]
-                middle = (apart * p[..., None]).mT @ apart
-                y = (x.transpose(0, 1) @ middle).transpose(0, 1)
-            else:
-                y = x if weight is None else x @ weight.T
-                y = p * (y - (p * y).sum(-1, keepdim=True))
-                y = y if weight is None else y @ weight
-            found.flatten(1, 2)[:, places] = y
+    def _pass(self, rows: Tensor) -> _Pass:
+        some = {"input_ids": self._sample.tokens[rows], "loss_mask": self._sample.loss_mask[rows]}
+        batch = read_batch(some, slice(0, len(rows)), device_of(self.model))
+        weights = {name: self.model.get_parameter(name) for name in self.weights_of(self.damping_of)}
+        found = _Pass(self._trunk, weights, batch)
+        if not self._tried:
+            found.try_out()
+            self._tried = True
         return found
+
+
+def _block(device: torch.device) -> int:
+    return CPU_BLOCK if device.type == "cpu" else GPU_BLOCK
+
+
+class _Pass:
+    """A batch's forward pass and backward pass, from which J^T H J v comes for any v. held: its bytes, about."""
+
+    def __init__(self, trunk: _Trunk, weights: Mapping[str, Tensor], batch: Batch) -> None:
+        tokens, wanted = batch.tokens[:, : batch.length], batch.loss_mask[:, 1 : batch.length + 1]
+        self.weights = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+        placed = {f"model.{name}": weight for name, weight in self.weights.items()}
+        # The fused attention kernels have no second derivatives.
+        with _explained(), frozen(trunk.model), _straightened(trunk.model), sdpa_kernel(SDPBackend.MATH):
+            self.states = functional_call(trunk, placed, (tokens,))
+            self.pulled = torch.zeros_like(self.states, requires_grad=True)
+            own = list(self.weights.values())
+            self.gradients = torch.autograd.grad(self.states, own, self.pulled, create_graph=True)
+        self.places, self.head = wanted.flatten().nonzero().flatten(), trunk.head
+        self.held = HELD * tokens.numel() * costs_of(trunk.model).token
+        self.middle: Tensor | None = None
+        with torch.no_grad():
+            if trunk.head is not None and self.states.shape[-1] <= FOLDED:
+                self.middle = torch.cat([self._middle(some) for some in self._split(self.states.shape[-1])])
+                self.held += self.middle.nbytes
+
+    @torch.no_grad()
+    def try_out(self) -> None:
+        """Raise ValueError unless u J v is v J^T u for random u and v: where a backward pass hides its own derivative, J v lacks a
+        part without a word."""
+        generator = torch.Generator().manual_seed(0)
+        u, *v = (
+            torch.randn(each.shape, generator=generator).to(each) for each in (self.pulled, *self.weights.values())
+        )
+        with _explained():
+            (moved,) = torch.autograd.grad(self.gradients, self.pulled, v, retain_graph=True)
+            back = torch.autograd.grad(self.states, list(self.weights.values()), u, retain_graph=True)
+            apart = (moved * u).sum() - sum((a * b).sum() for a, b in zip(v, back, strict=True))
+            if not abs(float(apart)) <= 0.01 * float(moved.norm()):
+                raise RuntimeError("an operation in it cannot be differentiated twice")
+
+    @torch.no_grad()
+    def __call__(self, moved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sum over the batch's sequences of J^T H J v, by parameter name [Q, ...], for v laid out so."""
+        given = [moved[name].to(weight) for name, weight in self.weights.items()]
+        back = partial(torch.autograd.grad, is_grads_batched=True, retain_graph=True)
+        with _explained():
+            (tangents,) = back(self.gradients, self.pulled, given)
+            found = back(self.states, list(self.weights.values()), self._curved(tangents))
+        return {name: each.to(moved[name]) for name, each in zip(self.weights, found, strict=True)}
+
+    def _split(self, each: int) -> tuple[Tensor, ...]:
+        """The places of targets, some at a time, where each takes so many numbers a token of the vocabulary."""
+        vocabulary = self.states.shape[-1] if self.head is None else shape_of(self.head)[0]
+        return self.places.split(max(_block(self.places.device) // (vocabulary * each), 1))
+
+    def _probabilities(self, places: Tensor) -> Tensor:
+        h = self.states.detach().flatten(0, 1)[places]
+        return widened(h if self.head is None else self.head(h)).softmax(-1)
+
+    def _middle(self, places: Tensor) -> Tensor:
+        """C [n, H, H]."""
+        assert self.head is not None
+        p, weight = self._probabilities(places), _weight(self.head)
+        apart = weight - (p @ weight)[:, None]  # [n, V, H]
+        return (apart * p[..., None]).mT @ apart
+
+    def _curved(self, tangents: Tensor) -> Tensor:
+        """The loss's second derivative with respect to the states, times their tangents [Q, B, L, H]: nothing but at targets."""
+        found = torch.zeros_like(tangents)
+        flat, put = tangents.flatten(1, 2), found.flatten(1, 2)
+        if self.middle is not None:
+            put[:, self.places] = (flat[:, self.places].transpose(0, 1) @ self.middle).transpose(0, 1)
+            return found
+        for places in self._split(len(flat)):
+            p, y = self._probabilities(places), flat[:, places]
+            y = y if self.head is None else y @ _weight(self.head).T
+            y = p * (y - (p * y).sum(-1, keepdim=True))
+            put[:, places] = y if self.head is None else y @ _weight(self.head)
+        return found
+
+
+def _weight(head: nn.Module) -> Tensor:
+    """W [V, H] of a linear map."""
+    return widened(head.weight if isinstance(head, nn.Linear) else head.weight.T).detach()  # type: ignore[arg-type]
+
+
+@contextmanager
+def _straightened(model: nn.Module) -> Iterator[None]:
+    """Activations and layer norms as their tangents where they are, y + J (x - x0): the same numbers and first derivatives, but
+    nothing is computed again for every v."""
+    with ExitStack() as undo:
+        for module in model.modules():
+            if "forward" in vars(module) or getattr(module, "inplace", False):
+                continue
+            if isinstance(module, ELEMENTWISE) or type(module).__module__ == "transformers.activations":
+                module.forward = partial(_line, module.forward)
+            elif type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
+                module.forward = partial(_normed, module, module.forward)  # type: ignore[method-assign]
+            else:
+                continue
+            undo.callback(delattr, module, "forward")
+        yield
+
+
+def _line(plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    at = x.detach().requires_grad_()
+    y = plain(at)
+    return y.detach() + torch.autograd.grad(y.sum(), at)[0] * (x - x.detach())
+
+
+def _normed(module: nn.LayerNorm, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    at = x.detach()
+    apart = at - at.mean(-1, keepdim=True)
+    scale = (apart.square().mean(-1, keepdim=True) + module.eps).rsqrt()
+    unit, moved = apart * scale, x - at
+    mean = moved.new_full((moved.shape[-1], 1), -1 / moved.shape[-1])  # a product's derivative takes less than a mean's
+    moved = moved + moved @ mean + unit * ((unit * moved) @ mean)
+    return plain(at) + moved * (scale if module.weight is None else scale * module.weight)
 
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Raise ValueError for a model with an operation that torch cannot differentiate forward."""
+    """Raise ValueError for a model with an operation that torch cannot differentiate twice."""
     try:
         yield
     except (NotImplementedError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError) or not any(word in str(error) for word in UNKNOWN):
             raise
-        raise ValueError(f"this model cannot be differentiated forward, which refining needs: {error}") from error
+        raise ValueError(
+            f"this model cannot be differentiated twice, which Gauss-Newton products need: {error}"
+        ) from error
 
 
 class _Trunk(nn.Module):
     """What of a model comes before its head [B, L, H], or its logits [B, L, V] where there is none."""
+
+    head: nn.Module | None
 
     def __init__(self, model: nn.Module, head: nn.Module | None) -> None:
         super().__init__()
@@ -228,7 +330,7 @@ class _Trunk(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         if self.head is None:
             return forward(self.model, tokens)
-        return before_head(self.model, self.head, tokens).view(*tokens.shape, -1)  # type: ignore[arg-type]
+        return before_head(self.model, self.head, tokens).view(*tokens.shape, -1)
 
 
 def sampled_gradients(
@@ -264,7 +366,10 @@ def sampled_inverse(
         E[done : done + len(part)] = part
         done += len(part)
     E.div_(root).div_(total**0.5)
-    inner = torch.linalg.cholesky((E @ E.T).double() + torch.eye(total, dtype=torch.float64, device=E.device))
+    inner = torch.eye(total, dtype=torch.float64, device=E.device)
+    for rows in batch_rows(total, 256):  # the lower triangle, which is all that is read
+        inner[rows.start :, rows] += E[rows.start :] @ E[rows].T
+    inner = torch.linalg.cholesky(inner)
 
     def solved(vectors: Tensor) -> Tensor:
         scaled = vectors / root

@@ -11,6 +11,7 @@ x fits *its* curvature, and the residual on other sequences says how far that ca
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -44,7 +45,7 @@ class Refinement:
         iterations: Of conjugate gradients.
         preconditioner: "drawn" or "ekfac".
         sequences: n, of the sample.
-        residual: |v - (G + lambda) x| / |v| [Q] with G of the sample.
+        residual: |v - (G + lambda) x| / |v| [Q] with G of the sample, as the iterations have it.
         fresh_sequences: Of sequences that the sample lacks; 0 where there were none.
         fresh_residual: The same [Q] with G of those; nan without.
     """
@@ -130,7 +131,8 @@ def refine(
         iterations: K, at which the solve is broken off.
         others: Training sequences. Those that the sample lacks, as many as it has at most, are taken for the second residual.
         damping: lambda of each layer as a share of the mean of its eigenvalues.
-        preconditioner: "drawn", "ekfac", or "auto": "drawn" where it takes no more than half of `memory`.
+        preconditioner: "drawn", "ekfac", or "auto": "drawn", from as many sequences as half of `memory` has room for, or the
+            other where these are too few.
         batch_size: Sequences read at a time where gradients are taken.
         memory: Bytes of vectors over the weights held at a time; queries are solved for by as many as fit.
         resume: A folder (one that all processes see) for the state from which a killed solve goes on, to the same result.
@@ -139,14 +141,14 @@ def refine(
     Raises:
         ValueError: What cannot be solved with, or a query whose solve does not converge.
 
-    Cost: iterations + 2 products (`GaussNewton.product`) a query and sequence of the sample, and with n drawn gradients
+    Cost: iterations + 1 products (`GaussNewton.product`) a query and sequence of the sample, and with n drawn gradients
     n^2 D + n^3 multiplications once, 2 n D an iteration and query.
     """
     _refuse(model, queries, sample, iterations, damping, preconditioner)
     curvature = GaussNewton(model, factors, sample, damping)
     apart = None if others is None else _not_in(others, sample)
     fresh = None if apart is None else GaussNewton(model, factors, apart, damping)
-    drawn = preconditioner == "drawn" or (preconditioner == "auto" and _fits(curvature, memory / 2))
+    drawn = 0 if preconditioner == "ekfac" else _drawn(curvature, memory / 2 if preconditioner == "auto" else math.inf)
     key = "" if resume is None else _key(curvature, queries, drawn)
     solver = _Solver(curvature, iterations, drawn, batch_size, State(resume, key), progress, count(queries))
     shelf, own, far, norms = Shelf(memory, free_disk()), [], [], []
@@ -213,10 +215,14 @@ def _refuse(model, queries, sample, iterations: int, damping: float, preconditio
         )
 
 
-def _fits(curvature: GaussNewton, memory: float) -> bool:
-    """Whether drawn gradients and their matrix do."""
-    number, each = _draws(curvature) * min(curvature.total, DRAWN), curvature.damping_of
-    return number * len(each) * each.element_size() + 3 * 8 * number**2 <= memory
+def _drawn(curvature: GaussNewton, memory: float) -> int:
+    """From how many sequences gradients are drawn: as many as there are, or as let drawn gradients and their matrix fit; 0 where
+    fewer than ENOUGH gradients would."""
+    draws, size = _draws(curvature), len(curvature.damping_of) * curvature.damping_of.element_size()
+    most = min(curvature.total, DRAWN)
+    room = (math.sqrt(size**2 + 4 * 24 * min(memory, 1e15)) - size) / (2 * 24)  # of k: k size + 24 k^2 <= memory
+    fitting = min(most, int(room / draws))
+    return fitting if fitting == most or fitting * draws >= ENOUGH else 0
 
 
 def _draws(curvature: GaussNewton) -> int:
@@ -237,7 +243,7 @@ def _not_in(others: Mapping[str, Tensor], sample: Mapping[str, Tensor]) -> dict[
     return found if len(chosen) else None
 
 
-def _key(curvature: GaussNewton, queries: Mapping[str, Tensor], drawn: bool) -> str:
+def _key(curvature: GaussNewton, queries: Mapping[str, Tensor], drawn: int) -> str:
     """All that a solution rests on but the number of iterations, which its state knows."""
     corpora = [corpus_digest(each) for each in (queries, curvature.sequences)]
     return digest(curvature.model, curvature.factors.fingerprint(), corpora, curvature.damping, drawn)
@@ -295,7 +301,7 @@ class _Solver:
 
     curvature: GaussNewton
     iterations: int
-    drawn: bool
+    drawn: int  # sequences with gradients in the preconditioner
     batch_size: int
     state: State
     progress: Progress | None
@@ -306,7 +312,7 @@ class _Solver:
         """Something near (G + lambda)^-1."""
         if not self.drawn:
             return self.curvature.precondition
-        return sampled_inverse(self.curvature, _draws(self.curvature), batch_size=self.batch_size, most=DRAWN)
+        return sampled_inverse(self.curvature, _draws(self.curvature), batch_size=self.batch_size, most=self.drawn)
 
     def solve(self, v: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """x [B, D] for the gradients v [B, D] of these of all queries, and what residual it has [B].
@@ -326,7 +332,7 @@ class _Solver:
                 self.progress(done, self.total * self.iterations)
         if kept < found.done:
             self._keep(name, found)
-        left = _left(self.curvature, found.x, v)
+        left = found.r.norm(dim=1) / found.size
         for query, (now, least) in enumerate(zip(left.tolist(), found.lowest.tolist(), strict=True), rows.start):
             if not now <= max(GROWN * least, 1):
                 raise ValueError(

@@ -91,7 +91,7 @@ def score(
 
     Cost: one pass over the queries; one over the sequences, each (L + Q) P M' multiplications a layer beyond the model's
     own forward pass and backward pass to the tracked outputs, and L (P^2 + M'^2) more for self_influence. To refine,
-    1 1/3 passes over refine_on for every query and iteration (and for two more).
+    1 1/3 passes over refine_on for every query and iteration (and for one more).
     """
     sweep = Sweep.of(
         model,

@@ -49,7 +49,7 @@ SUPPORT = {
 def reads(profile: Profile) -> list[Planned]:
     """The families that are small enough to train many times, and the middle models of two more worlds."""
     section(profile, "little_atlas", "02")
-    found = planted_grid(profile, "little_atlas", extra=("rivals", "response", "bank", "reweighted"))
+    found = planted_grid(profile, "little_atlas", extra=("rivals", "response", "refined", "bank", "reweighted"))
     for world in ("atlas", "ladder"):
         found += planted_grid(profile, world, widths=middle_width(profile, world), extra=("rivals",))
     return found + text_grid(profile, extra=("rivals", "bank"), section="little_text")
@@ -146,6 +146,100 @@ def setting_of(world: World, parameters: dict, trained: Path, kept: Path) -> Set
         kept.parent.mkdir(parents=True, exist_ok=True)
         setting.fit().save(kept)
     return replace(setting, factors=Factors.load(kept))
+
+
+def refined(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
+    """Solve for the queries' directions with the curvature of all layers together, further and further, on sequences that
+    neither EK-FAC's factors nor the proximal responses rest on. Write scores.safetensors, methods.json and
+    seconds.parquet as `rivals` does, seconds with a fit of the factors and a scan in them; and solved.parquet: a row a
+    query and method, with iterations, preconditioner, residual, fresh_residual (on sequences as many as were solved on)
+    and agreement (rank correlation with the scores of the reference).
+
+    Methods are "EK-FAC"; "4 iterations" and so on; and "Woodbury", the inverse of gradients with labels drawn from the model.
+
+    Args:
+        parameters: sample (of the factors and responses), sequences (scored), solved (how many sequences are solved on, and
+            again how many are fresh), iterations (each a method), draws (Woodbury's, a sequence), reference (how many
+            others a converged solution rests on, 0 for none), converged (its iterations), model (of the stage that
+            trained it), and an extra's own.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from influence_kit.engine.products import GaussNewton, sampled_inverse
+    from influence_kit.engine.refine import refine
+    from influence_kit.engine.scans import score
+    from influence_kit.referees.curvature import quality
+
+    world = World.load(inputs["world"])
+    setting = setting_of(world, parameters, inputs["model"], out / "resume" / "factors.safetensors")
+    sample, fresh, others = (batch_of(world.sequences, rows) for rows in _apart(world, parameters))
+    model, asked, seen, damping = setting.model, setting.queries, setting.sequences, setting.damping
+    began = time.perf_counter()
+    factors = replace(setting, factors=None).fit()
+    fitting = time.perf_counter() - began
+    curvature, far = (GaussNewton(model, factors, each, damping) for each in (sample, fresh))
+    vectors = curvature.gradients(asked)
+
+    def solved(method: str, steps: int, on: dict = sample, beside: dict | None = fresh) -> dict[str, torch.Tensor]:
+        began, x = time.perf_counter(), None
+        if steps:
+            solve = refine(model, factors, asked, on, steps, others=beside, damping=damping)
+            values = score(model, factors, asked, seen, damping, self_influence=False, refine=solve).values
+        elif method == "Woodbury":
+            x = sampled_inverse(curvature, parameters["draws"])(vectors)
+            values = curvature.scores(x, seen, 256)
+        else:
+            values = setting.score(factors).values
+        found = {"values": values, "seconds": torch.tensor(fitting + time.perf_counter() - began)}
+        if steps:
+            drawn, left = solve.about.preconditioner == "drawn", [solve.about.residual, solve.about.fresh_residual]
+        else:
+            x = curvature.precondition(vectors) if x is None else x
+            drawn, left = method == "Woodbury", [quality(each, x, vectors)[0] for each in (curvature, far)]
+        found |= {"residual": left[0], "fresh_residual": left[1], "drawn": torch.tensor(drawn)}
+        return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
+
+    methods = {"EK-FAC": 0, **{f"{steps} iterations": steps for steps in parameters["iterations"]}, "Woodbury": 0}
+    truth = None
+    if parameters["reference"]:
+        kept = out / "resume" / "reference.safetensors"
+        found = _once(kept, lambda: solved("reference", parameters["converged"], others, None))
+        truth = found["values"].double().numpy()
+        progress(0, len(methods), "a converged solution")
+    tensors, seconds, rows, queries = {}, [], [], scored_queries(world)
+    for place, (method, steps) in enumerate(methods.items()):
+        kept = out / "resume" / f"{place:03}.safetensors"
+        found = _once(kept, lambda method=method, steps=steps: solved(method, steps))  # type: ignore[misc]
+        tensors[f"{place:03}"] = found["values"].float()
+        seconds.append(float(found["seconds"]))
+        about = {"method": method, "iterations": steps, "preconditioner": "drawn" if found["drawn"] else "ekfac"}
+        same = np.full(len(queries), np.nan)
+        if truth is not None:
+            same = rank_correlations(found["values"].double().numpy(), truth)
+        for number, query in enumerate(queries.tolist()):
+            left = {name: float(found[name][number]) for name in ("residual", "fresh_residual")}
+            rows.append({"query": query, **about, **left, "agreement": float(same[number])})
+        progress(place + 1, len(methods), method)
+    tensors |= {"rows": torch.from_numpy(scored(world, parameters)), "queries": torch.from_numpy(queries)}
+    save_file(tensors, out / "scores.safetensors")
+    (out / "methods.json").write_text(json.dumps(list(methods)))
+    pq.write_table(pa.table({"method": list(methods), "seconds": seconds}), out / "seconds.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), out / "solved.parquet")
+
+
+def _apart(world: World, parameters: dict) -> list[np.ndarray]:
+    """Positions of sequences that directions are solved on, of fresh ones, and of the reference's: none is in two, nor in the
+    sample of `setting_of`."""
+    total, sizes = world.sequences.num_rows, [parameters["solved"], parameters["solved"], parameters["reference"]]
+    if parameters["sample"] + sum(sizes) > total:
+        raise UserError(
+            f"refined: sample + 2 solved + reference = {parameters['sample'] + sum(sizes)} sequences, the world has {total}: "
+            "lower them in the profile"
+        )
+    rng = np.random.default_rng([parameters["seed"], SALT, 1])
+    rows = np.split(rng.permutation(total)[parameters["sample"] :], np.cumsum(sizes))
+    return [np.sort(part) for part in rows[:3]]
 
 
 def response(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
@@ -303,6 +397,7 @@ def strongest_and_weak(values: np.ndarray, count: int, seed: int) -> tuple[np.nd
 STAGES = {
     "rivals": Extra(rivals, scan=False, recipe=True),
     "response": Extra(response, scan=False, recipe=True),
+    "refined": Extra(refined, scan=False, recipe=True),
     "bank": Extra(bank, scan=False, recipe=True),
     "reweighted": Extra(reweighted, recipe=True),
 }
@@ -408,12 +503,12 @@ def rival_of(halves: pandas.DataFrame, corpus: str) -> dict[str, str]:
     }
 
 
-def scores_of(run: Trained) -> dict[str, np.ndarray]:
-    """Scores [Q, N] by method."""
+def scores_of(run: Trained, kind: str = "rivals") -> dict[str, np.ndarray]:
+    """Scores [Q, N] by method, those of EK-FAC's rivals or (kind "refined") of its refinement."""
     from safetensors.numpy import load_file
 
-    tensors = load_file(run.extra("rivals") / "scores.safetensors")
-    names = json.loads((run.extra("rivals") / "methods.json").read_text())
+    tensors = load_file(run.extra(kind) / "scores.safetensors")
+    names = json.loads((run.extra(kind) / "methods.json").read_text())
     return {name: tensors[f"{number:03}"] for number, name in enumerate(names)}
 
 
@@ -436,13 +531,13 @@ def responses_of(run: Trained) -> tuple[np.ndarray, np.ndarray]:
     return truth["log_p"][there].T, truth["places"][there]
 
 
-def judged(run: Trained) -> Iterator[pandas.DataFrame]:
+def judged(run: Trained, kind: str = "rivals") -> Iterator[pandas.DataFrame]:
     """How every method's scores agree with the proximal responses, over the sequences that were solved for: r, rho,
     slope."""
     import pandas
 
     responses, places = responses_of(run)
-    for method, scores in scores_of(run).items():
+    for method, scores in scores_of(run, kind).items():
         found = scores[:, places]
         rows = {
             "r": correlations(found, responses),
@@ -464,7 +559,7 @@ def _bank_of(run: Trained) -> dict[str, np.ndarray]:
     return load_file(run.extra("bank") / "bank.safetensors")
 
 
-def retrained(run: Trained) -> Iterator[pandas.DataFrame]:
+def retrained(run: Trained, kind: str = "rivals") -> Iterator[pandas.DataFrame]:
     """The linear datamodelling score of every method. Answers are averaged over the trainings of a half."""
     import pandas
 
@@ -473,7 +568,7 @@ def retrained(run: Trained) -> Iterator[pandas.DataFrame]:
         halves["log_p"].mean(1),
         {"seed": run.seed, "corpus": corpus_of(run), "architecture": architecture_of(run)},
     )
-    for method, scores in scores_of(run).items():
+    for method, scores in scores_of(run, kind).items():
         yield pandas.DataFrame({"lds": lds(scores, halves["members"], answers), "method": method, **about})
 
 
@@ -507,6 +602,43 @@ def foreseen(run: Trained) -> Iterator[pandas.DataFrame]:
         for place, count in enumerate(found["counts"]):
             values = rank_correlations(predicted[:, place].T, change[:, place].T)
             yield pandas.DataFrame({"foreseen": values, "way": way, "count": int(count), "seed": run.seed})
+
+
+def foreseen_refined(run: Trained) -> Iterator[pandas.DataFrame]:
+    """What `foreseen` says of EK-FAC, of every step of its refinement: the sequences are those that were left out or doubled, which
+    EK-FAC chose."""
+    import pandas
+    from safetensors.numpy import load_file
+
+    found, scan = _reweighted_of(run), run.scan(kind=None)
+    seed = run.planned.extra["reweighted", 1.0].parameters["seed"]
+    rows = load_file(run.extra("refined") / "scores.safetensors")["rows"]
+    column = {int(row): place for place, row in enumerate(rows)}
+    for method, scores in scores_of(run, "refined").items():
+        for way, log_p in zip(WAYS, found["log_p"], strict=True):
+            change = log_p.mean(2) - found["whole"].mean(0)
+            for place, count in enumerate(found["counts"]):
+                foretold = []
+                for query in found["asked"]:
+                    strong, weak = strongest_and_weak(scan.raw[query].astype(float), int(count), seed)
+                    lost, instead = (strong, weak) if way == "left out" else (weak, strong)
+                    gone, come = ([column[int(row)] for row in scan.rows[each]] for each in (lost, instead))
+                    foretold.append(scores[:, come].sum(1) - scores[:, gone].sum(1))
+                values = rank_correlations(np.stack(foretold).T, change[:, place].T)
+                about = {"method": method, "way": way, "count": int(count), "seed": run.seed}
+                yield pandas.DataFrame({"foreseen": values, **about})
+
+
+def solves(run: Trained) -> pandas.DataFrame:
+    """How far every step of the refinement solves for a query, a row each: iterations, residual, fresh_residual, agreement with a
+    converged solution on other sequences, and cost: seconds over those of EK-FAC's fit and scan."""
+    import pandas
+
+    folder = run.extra("refined")
+    seconds = pandas.read_parquet(folder / "seconds.parquet").set_index("method")["seconds"]
+    found = pandas.read_parquet(folder / "solved.parquet")
+    cost = found["method"].map(seconds / seconds["EK-FAC"])
+    return found.assign(cost=cost, seed=run.seed, architecture=architecture_of(run))
 
 
 def own_changes(run: Trained) -> Iterator[pandas.DataFrame]:

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -219,3 +220,49 @@ def test_a_killed_bank_trains_no_model_twice_and_ends_the_same(made, whole, tmp_
     assert sizes == [3, 3, 0, 2]
     again = load_file(tmp_path / "bank.safetensors")
     assert all(np.allclose(again[name], whole[name], atol=1e-4) for name in whole)
+
+
+REFINED = {"sample": 30, "solved": 30, "iterations": [1, 40], "draws": 2, "reference": 30, "converged": 40}
+
+
+@pytest.mark.filterwarnings("ignore:refine_on has", "ignore:.* queries have a residual above 1")
+def test_a_refinement_ends_at_the_dense_solution_of_its_own_sample(made, tmp_path, monkeypatch):
+    from influence_kit.engine.products import GaussNewton
+    from influence_kit.referees.curvature import dense
+
+    folders, parameters = made
+    asked, steps = parameters | REFINED, []
+
+    def killed(done, total, what):
+        steps.append(what)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finding.refined(asked, folders, tmp_path, killed)
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "resume").glob("*.safetensors")}
+    finding.refined(asked, folders, tmp_path, quiet)
+    assert len(kept) == 4 and all((tmp_path / "resume" / n).stat().st_mtime_ns == at for n, at in kept.items())
+    scores = load_file(tmp_path / "scores.safetensors")
+    world = World.load(folders["world"])
+    setting = finding.setting_of(world, asked, folders["model"], tmp_path / "resume" / "factors.safetensors")
+    solved, fresh, others = finding._apart(world, asked)
+    assert len({*solved, *fresh, *others}) == 90
+    curvature = GaussNewton(setting.model, setting.fit(), batch_of(world.sequences, solved))
+    exact = torch.linalg.solve(dense(curvature), curvature.gradients(setting.queries).double().T).T
+    expected = curvature.scores(exact.float(), setting.sequences).numpy()
+    assert np.allclose(scores["002"], expected, atol=1e-2 * np.abs(expected).max())
+    assert np.array_equal(scores["000"], setting.score(setting.fit()).values.numpy())  # EK-FAC as the rivals have it
+    table = pandas.read_parquet(tmp_path / "solved.parquet")
+    residual, far = (table.groupby("method", sort=False)[name].mean() for name in ("residual", "fresh_residual"))
+    assert list(residual.index) == ["EK-FAC", "1 iterations", "40 iterations", "Woodbury"]
+    assert residual["40 iterations"] < 1e-2 < residual["1 iterations"] and far["40 iterations"] > 1e-2
+    agreement = table.groupby("method")["agreement"].mean()
+    assert agreement["40 iterations"] > agreement["EK-FAC"]
+    seconds = pandas.read_parquet(tmp_path / "seconds.parquet")
+    assert seconds["method"].tolist() == list(residual.index) and (seconds["seconds"] > 0).all()
+
+
+def test_a_world_too_small_for_a_refinement_is_refused(made, tmp_path):
+    with pytest.raises(UserError, match="sample . 2 solved . reference = 150 sequences, the world has 120"):
+        finding.refined(made[1] | REFINED | {"reference": 60}, made[0], tmp_path, quiet)
