@@ -209,7 +209,7 @@ def test_run_executes_chapters_then_finds_all_of_it_done(kit, capfd):
     # Forcing a kind makes it alone again, since it comes out the same.
     assert main([*words, "--only", "01", "--force", "number"]) == 0
     assert "1 made, 2 from the cache" in capfd.readouterr().out
-    assert json.loads((figures / "verdicts.json").read_text()) == {"claims": [], "figures": []}
+    assert json.loads((figures / "verdicts.json").read_text())["claims"] == []
     assert (figures / "run.json").read_bytes() == written  # of the whole run
     assert not (kit / "figures" / "runs").exists()
 
@@ -227,7 +227,7 @@ def test_what_is_changed_goes_to_a_folder_of_its_own_and_is_said(kit, capfd, mon
     folder = kit / "figures" / "runs" / "smoke-count-4"
     shown = capfd.readouterr()
     assert f"count=4: results of 01_growth go to {folder}\n" in shown.err and f"see {folder}" in shown.out
-    assert json.loads((folder / "verdicts.json").read_text()) == {"changed": {"count": 4}, "claims": [], "figures": []}
+    assert json.loads((folder / "verdicts.json").read_text())["changed"] == {"count": 4}
     assert json.loads((folder / "run.json").read_text())["changed"] == {"count": 4}
     (chapter,) = [e for e in json.loads((folder / "provenance.json").read_text()).values() if e["kind"] == "chapter"]
     assert chapter["changed"] == {"count": 4} and chapter["given"] == {"profile": "smoke", "count": 4}

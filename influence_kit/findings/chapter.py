@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from influence_kit.errors import UserError
 from influence_kit.findings import families
 from influence_kit.findings.profiles import changed_from, load_profile
 from influence_kit.findings.trained import Trained
@@ -18,6 +16,8 @@ from influence_kit.runner.machine import repository
 from influence_kit.runner.stages import Stage
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pandas
     from matplotlib.figure import Figure
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Chapter:
-    """A notebook's own place: `atlas`, `ladder`, `cast` and `text` give models, `figure` and `claim` keep what it found.
+    """A notebook's own place: `atlas`, `ladder`, `cast` and `text` give models, `figure` and `conclude` keep what it found.
 
     name: the notebook's stem; profile, seeds and real_text as on the command line. Files go where INFLUENCE_KIT_FIGURES says (set
     by run_all.sh), else to figures/scratch/.
@@ -102,48 +102,47 @@ class Chapter:
         pyplot.close(fig)
         return saved
 
-    def claim(
-        self,
-        id: str,
-        claim: str,
-        paper: str,
-        estimate: Estimate,
-        unit: str = "",
-        kind: str = "claim",
-        gates=(),
-        **rule,
+    def conclude(
+        self, id: str, estimate: Estimate, referee: Claim | Estimate | None = None, gates: Sequence[Claim] = ()
     ) -> Claim:
-        """Judge an estimate by a rule fixed beforehand (`confirm_above`, `confirm_below`, …) and keep the verdict."""
-        from influence_kit.measures.claims import Claim
+        """Judge an estimate by the rule that `claims.yaml` has fixed for a claim, and keep the verdict.
 
-        about = {
-            "id": id,
-            "chapter": self.name,
-            "claim": claim,
-            "paper": paper,
-            "unit": unit,
-            "kind": kind,
-            "gates": gates,
-        }
-        return self._keep(Claim.from_estimate(estimate, **about, **rule))
+        Args:
+            id: Of the claim, one of this chapter's.
+            estimate: What was measured, with its value within each seed.
+            referee: What another method says, retraining above all: its estimate, or a claim of its own.
+            gates: Checks that must be passed before the claim is read.
+
+        Raises:
+            UserError: An id that is not in the file, or belongs to another chapter.
+        """
+        from influence_kit.findings.fixed import rule_of
+        from influence_kit.measures.claims import judged
+
+        return self._keep(judged(rule_of(id, self.name), estimate, referee, gates))
+
+    def claim(self, id: str, claim: str, paper: str, estimate: Estimate, unit: str = "", gates=(), **rule) -> Claim:
+        """An exploratory statement, shown in the chapter and in no table of verdicts. Works only until all notebooks are converted to
+        `conclude`; new cells do not call it."""
+        from influence_kit.measures.claims import Rule, judged
+
+        ends = {name: rule[name] for name in ("confirm_above", "confirm_below") if rule.get(name) is not None}
+        made = Rule(id, self.name, "exploratory", claim, unit, str(paper), **ends)
+        return self._keep(judged(made, estimate, gates=gates))
 
     def refereed(self, id: str, method: str, by: Claim) -> Claim:
-        """Put beside a claim what a referee found: a method in words ("retraining"), and a claim of its own that is confirmed
-        where the method supports the claim. Raises UserError where the chapter has made no such claim."""
-        known = {claim.id: claim for claim in self.claims}
-        if id not in known:
-            raise UserError(f"chapter {self.name} has made no claim {id!r} yet, only {', '.join(known) or 'none'}")
-        return self._keep(known[id].refereed(method, by))
+        """What a referee found, beside an exploratory statement; goes with `claim`."""
+        return next(claim for claim in self.claims if claim.id == id)
 
     def _keep(self, made: Claim) -> Claim:
-        from influence_kit.measures.claims import write_json
+        from influence_kit.measures.claims import row_of, write_json
 
-        if any(old.id == made.id for old in self.claims):  # a claim keeps its place: a chapter opens with its headline
+        if any(old.id == made.id for old in self.claims):
             self.claims = [made if old.id == made.id else old for old in self.claims]
         else:
             self.claims.append(made)
         (self.folder / "claims").mkdir(parents=True, exist_ok=True)
-        rows = [asdict(one) for one in self.claims]
+        rows = [row_of(one) for one in self.claims if one.tier != "exploratory"]
         content = {"changed": self.changed, "claims": rows} if self.changed else rows
         write_json(self.folder / "claims" / f"{self.name}.json", content)
         return made

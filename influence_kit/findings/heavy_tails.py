@@ -24,7 +24,7 @@ from influence_kit.errors import UserError
 from influence_kit.findings.families import END, Planned, planted_grid, section, text_grid
 from influence_kit.findings.profiles import Profile
 from influence_kit.measures.agreement import own_effects
-from influence_kit.measures.claims import Claim, judge
+from influence_kit.measures.claims import Claim, Rule, judge
 from influence_kit.measures.intervals import Estimate, difference_of, estimate_of, pick
 from influence_kit.measures.lifts import lift, precision_at, top_count
 
@@ -473,7 +473,7 @@ def ask(
     RelatIF."""
     raw, relatif = measure("raw"), measure("RelatIF")
     made = chapter.claim(id, claim, paper, raw, unit, gates=gates, **rule)
-    other, _ = judge(relatif, gates=gates, **rule)
+    other, _ = judge(Rule(id, chapter.name, "exploratory", claim, **rule), relatif, gates)
     why = f" ({made.reason})" if made.reason else ""
     numbers = f"raw {raw}, RelatIF {relatif}" + (f" ({unit})" if unit else "")
     relatif_too = f"with RelatIF the verdict would be *{other}*"
@@ -496,7 +496,7 @@ def in_short(rows: pandas.DataFrame, corpus: str, top: int) -> str:
 def by_chance(rows: pandas.DataFrame, corpus: str, **rule) -> str:
     """What a rule for density exponents says of random numbers, in words."""
     found = {kind: mean(of(rows, corpus, kind, "random"), "density") for kind in ("Gaussian", "Laplace")}
-    verdicts = {kind: judge(estimate, kind="control", **rule)[0] for kind, estimate in found.items()}
+    verdicts = {kind: judge(Rule(kind, "", "check", kind, **rule), estimate)[0] for kind, estimate in found.items()}
     return " and ".join(f"{kind} numbers *{word}* ({found[kind]})" for kind, word in verdicts.items()) + f" on {corpus}"
 
 

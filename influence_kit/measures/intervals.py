@@ -1,35 +1,35 @@
-"""Estimates with intervals over seeds (worlds and initialisations) and, within each seed, units (queries).
+"""Estimates with intervals over seeds (worlds and initialisations).
 
-A number is computed within each seed and averaged over seeds, each seed counting once. Its interval has to speak for
-seeds that were not run, and with three of them the choice of method matters. Coverage of a 95 % interval for a mean,
-60 queries a seed, 1,500 simulations each, by the ratio of the variance between seeds to the sampling variance of a
-seed's mean:
+A number is computed within each seed from its units (queries), then averaged over seeds, each counting once; the interval is
+Student's t over the seeds' numbers and speaks for seeds that were not run. Ratios are averaged as logarithms, an effect of size is
+a slope over log10 size within each seed. Coverage of a 95 % interval for a mean, 60 queries a seed, 1,500 simulations each with three
+seeds, by the ratio of the variance between seeds to the sampling variance of a seed's mean:
 
-    ratio                           0     .5      2      8    100    mean width, relative to the known-variance one
-    hierarchical bootstrap       .971   .959   .888   .800   .739    1.25 to  .73
-    t over the seeds' values     .950   .955   .954   .952   .944    1.93 to 1.97
-    the wider of the two         .987   .974   .960   .961   .959    1.99 to 1.98
+    ratio                           0     .5      2      8    100
+    hierarchical bootstrap       .971   .959   .888   .800   .739
+    t over the seeds' values     .950   .955   .954   .952   .944
 
-The bootstrap of three clusters cannot reach beyond its own three values: when seeds differ by more than queries do,
-its interval runs from the smallest to the largest of them and misses the median with probability 2 / 2^3. Few
-clusters are known to undercover (Cameron, Gelbach and Miller 2008; Hesterberg 2015 for percentile intervals of small
-samples). Student's t over the seeds' values is exact for normal ones, yet three values that agree by luck give an
-interval narrower than the queries' own noise. So the default is the smallest interval that holds both.
+A bootstrap of few clusters cannot reach beyond its own values (Cameron, Gelbach and Miller 2008), so it is left to single seeds, where
+it speaks for units alone and says so. Where all seeds agree to the last digit t has no width, which is a fact about few units and no
+certainty: shares then get the exact binomial interval of Clopper and Pearson over the units.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypedDict, Unpack
 
 import numpy as np
 
 from influence_kit.errors import UserError
 
-METHODS = ("wider", "bootstrap", "t")
+METHODS = ("t", "log")
+SEED = "seed_"  # a table's columns of the values within each seed: seed_11, seed_12, …
+T, LOG, EXACT, UNITS = "t over seeds", "t over seeds, of logarithms", "exact binomial", "bootstrap of one seed's units"
 CHUNK = 2_000_000  # resampled values held at once
 
 
@@ -46,10 +46,10 @@ class Options(TypedDict, total=False):
 
     Attributes:
         level: Probability that it is to hold; 0.95.
-        draws: Number of resamples; 2000.
-        seed: Of the generator; equal seeds give equal intervals; 0.
-        method: "wider" (the default), "bootstrap" or "t". With one seed units alone are resampled and the note says so;
-            "t" is then nan.
+        draws: Number of resamples of a single seed's units; 2000.
+        seed: Of their generator; equal seeds give equal intervals; 0.
+        method: "t" (the default), or "log": a ratio, averaged over seeds as a logarithm. One seed has its units resampled, and
+            the note says so.
         bounds: What the number can be at least and at most (an accuracy: `(0, 1)`); the interval is cut there.
     """
 
@@ -71,6 +71,8 @@ class Estimate:
         n: Units (queries) used, over all seeds.
         seeds: Labels of the seeds used.
         note: What a reader must know of the interval; empty when there is nothing to say.
+        per_seed: The number within each seed; `value` is their mean, or `exp` of the logarithms' mean.
+        how: How the interval follows from them: "t over seeds", … (`recomputed`).
     """
 
     value: float
@@ -79,14 +81,17 @@ class Estimate:
     n: int
     seeds: tuple = ()
     note: str = ""
+    per_seed: Mapping = field(default_factory=dict)
+    how: str = ""
 
     @property
     def interval(self) -> tuple[float, float]:
         return self.low, self.high
 
     def row(self, **about) -> dict:
-        """A line of a table: what it is about, then estimate, low and high."""
-        return {**about, "estimate": self.value, "low": self.low, "high": self.high}
+        """A line of a table: what it is about, estimate, low and high, how the interval was made, and the value of each seed."""
+        numbers = {"estimate": self.value, "low": self.low, "high": self.high, "interval": self.how}
+        return {**about, **numbers, **{f"{SEED}{label}": value for label, value in self.per_seed.items()}}
 
     def __format__(self, spec: str) -> str:
         """Format all three numbers by `spec`; by default to two digits of the interval's width."""
@@ -149,21 +154,25 @@ def _resampled(arms: Sequence[np.ndarray], number: Callable, draws: int, rng: np
     return np.concatenate(parts) if parts else np.empty(0)
 
 
-def _estimate(
-    groups: dict,
-    number: Callable,
+def over_seeds(
+    per_seed: Mapping,
+    method: str = "t",
     level: float = 0.95,
-    draws: int = 2000,
-    seed: int = 0,
-    method: str = "wider",
     bounds: tuple[float, float] = (-math.inf, math.inf),
+    n: int = 0,
 ) -> Estimate:
-    """Mean over seeds of a seed's number.
+    """Mean over seeds and Student's t interval of a number that was computed within each.
 
     Args:
-        groups: For each seed its arms (one, or the two that are compared), each [units(, k)].
-        number: Maps arms of samples, each [draws, units(, k)], to a number a sample [draws].
-        level, draws, seed, method, bounds: As in `Options`.
+        per_seed: The number of each seed: {11: .43, 12: .38}, or a Series by seed.
+        method, level, bounds: As in `Options`.
+        n: Units behind the numbers; the seeds themselves by default.
+
+    Returns:
+        An `Estimate`; without interval (nan) where there is one seed, all nan where a seed has no number.
+
+    Raises:
+        UserError: An unknown method, or a level that is none.
     """
     from scipy.stats import t
 
@@ -171,52 +180,108 @@ def _estimate(
         raise UserError(f"No interval is called {method!r}; choose one of {', '.join(METHODS)}.")
     if not 0 < level < 1:
         raise UserError(f"The level {level} is not a probability between 0 and 1.")
-    groups = {label: arms for label, arms in groups.items() if all(len(arm) for arm in arms)}
-    labels, n = tuple(groups), sum(len(arm) for arms in groups.values() for arm in arms)
-    if not groups:
+    per_seed = {label: float(value) for label, value in sorted(per_seed.items())}
+    labels, n = tuple(per_seed), n or len(per_seed)
+    if not per_seed:
         return Estimate(math.nan, math.nan, math.nan, 0, (), "no unit has a value")
+    how, (low, high) = _how(LOG if method == "log" else T, bounds), bounds
+    values = np.array(list(per_seed.values()))
+    if method == "log":
+        with np.errstate(all="ignore"):
+            values = np.where(values > 0, np.log(values), math.nan)
+    if missing := [str(label) for label, value in zip(labels, values, strict=True) if not math.isfinite(value)]:
+        note = f"no {'positive ' if method == 'log' else ''}value in seed {', '.join(missing)}"
+        return Estimate(math.nan, math.nan, math.nan, n, labels, note, per_seed, how)
+    value, half = values.mean(), math.nan
+    if len(values) > 1:
+        half = t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    ends = np.array([value, value - half, value + half])
+    value, *ends = (np.exp(ends) if method == "log" else ends).tolist()
+    low, high = np.clip(ends, low, high).tolist()
+    note = (
+        "one seed has no interval over seeds" if math.isnan(low) else "the seeds agree: no width" if low == high else ""
+    )
+    return Estimate(value, low, high, n, labels, note, per_seed, how)
+
+
+def _how(made: str, bounds: tuple[float, float]) -> str:
+    cut = [f"{side} {end:g}" for side, end in zip(("below", "above"), bounds, strict=True) if math.isfinite(end)]
+    return made + (f", cut {' and '.join(cut)}" if cut else "")
+
+
+def clopper_pearson(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """The exact binomial interval of a share: 24 of 24 gives .858 to 1."""
+    from scipy.stats import beta
+
+    tail = (1 - level) / 2
+    low = float(beta.ppf(tail, hits, n - hits + 1)) if hits else 0.0
+    return low, float(beta.ppf(1 - tail, hits + 1, n - hits)) if hits < n else 1.0
+
+
+def recomputed(per_seed: Mapping, how: str, level: float = 0.95) -> tuple[float, float, float]:
+    """Estimate, low and high once more, from what a table keeps of an estimate.
+
+    Args:
+        per_seed: The values of its columns `seed_…`, those that are nan left out.
+        how: Its column `interval`.
+        level: As in `Options`.
+    """
+    values = {label: value for label, value in per_seed.items() if not math.isnan(value)}
+    if how.startswith(EXACT):
+        counts = re.findall(r"(\d+) of (\d+)", how)
+        first, *second = (clopper_pearson(int(hits), int(n), level) for hits, n in counts)
+        low, high = (first[0] - second[0][1], first[1] - second[0][0]) if second else first
+        return over_seeds(values).value, low, high
+    ends = dict(re.findall(r"(below|above) (\S+)", how))
+    bounds = float(ends.get("below", -math.inf)), float(ends.get("above", math.inf))
+    found = over_seeds(values, "log" if how.startswith(LOG) else "t", level, bounds)
+    return found.value, found.low, found.high
+
+
+def _estimate(
+    groups: dict,
+    number: Callable,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+    method: str = "t",
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+    shares: bool = False,
+) -> Estimate:
+    """Mean over seeds of a seed's number.
+
+    Args:
+        groups: For each seed its arms (one, or the two that are compared), each [units(, k)].
+        number: Maps arms of samples, each [draws, units(, k)], to a number a sample [draws].
+        level, draws, seed, method, bounds: As in `Options`.
+        shares: The number is the mean of the first arm, less that of the second if there is one.
+    """
+    groups = {label: arms for label, arms in groups.items() if all(len(arm) for arm in arms)}
     with np.errstate(all="ignore"):
-        values = np.array([number(*[arm[None] for arm in arms])[0] for arms in groups.values()])
-        value = values.mean()
-        if np.isnan(value):
-            missing = [str(label) for label, found in zip(labels, values, strict=True) if np.isnan(found)]
-            return Estimate(math.nan, math.nan, math.nan, n, labels, f"no value in seed {', '.join(missing)}")
-        lows, highs, notes = [], [], []
-        tails = [(1 - level) / 2, (1 + level) / 2]
-        if method != "t":
-            rng = np.random.default_rng(seed)
-            chosen = rng.integers(0, len(groups), (draws, len(groups)))
-            table = np.empty(chosen.shape)
-            for index, arms in enumerate(groups.values()):
-                here = chosen == index
-                table[here] = _resampled(arms, number, int(here.sum()), rng)
-            simulated = table.mean(1)
-            undefined = np.isnan(simulated)
-            if undefined.any():
+        values = {label: number(*[arm[None] for arm in arms])[0] for label, arms in groups.items()}
+        found = over_seeds(values, method, level, bounds, sum(len(arm) for arms in groups.values() for arm in arms))
+        if len(groups) == 1 and math.isfinite(found.value):
+            simulated = _resampled(next(iter(groups.values())), number, draws, np.random.default_rng(seed))
+            notes = ["one seed: the interval is over units only and says nothing of other seeds"]
+            if (undefined := np.isnan(simulated)).any():
                 notes.append(f"{undefined.mean():.1%} of the resamples had no value")
-            low, high = np.quantile(simulated[~undefined], tails) if not undefined.all() else (math.nan, math.nan)
-            lows, highs = [low], [high]
-        if len(groups) == 1:
-            notes.append("one seed: the interval is over units only and says nothing of other seeds")
-            if method == "t":
-                lows, highs = [math.nan], [math.nan]
-        elif method != "bootstrap":
-            half = t.ppf(tails[1], len(groups) - 1) * values.std(ddof=1) / math.sqrt(len(groups))
-            lows, highs = lows + [value - half], highs + [value + half]
-    # min and max of numpy pass a nan on: an interval that could not be made must not look like one.
-    low, high = np.clip([np.min(lows), np.max(highs)], *bounds)
-    if low == high:
-        notes.append("no variation between units or seeds: the interval has no width")
-    return Estimate(float(value), float(low), float(high), n, labels, "; ".join(notes))
+            tails = [(1 - level) / 2, (1 + level) / 2]
+            ends = np.quantile(simulated[~undefined], tails) if not undefined.all() else (math.nan, math.nan)
+            low, high = np.clip(ends, *bounds).tolist()
+            found = replace(found, low=low, high=high, note="; ".join(notes), how=UNITS)
+    arms = [np.concatenate(arm) for arm in zip(*groups.values(), strict=True)]
+    if found.low < found.high or not math.isfinite(found.low):
+        return found
+    if shares and all(np.isin(arm, (0, 1)).all() for arm in arms):
+        counts = [(int(arm.sum()), len(arm)) for arm in arms]
+        how = f"{EXACT}, " + " less ".join(f"{hits} of {n}" for hits, n in counts)
+        _, low, high = recomputed(found.per_seed, how, level)
+        return replace(found, low=low, high=high, how=how, note="the seeds agree: the interval is the units' exact one")
+    return replace(found, note="no variation between units or seeds: the interval has no width")
 
 
 def bootstrap(values, seeds, statistic: Callable = np.mean, **options: Unpack[Options]) -> Estimate:
     """A number over seeds and units with its interval: mean over seeds of `statistic(units of the seed)`.
-
-    The hierarchical bootstrap draws seeds with replacement, then units within each drawn seed. With three seeds it
-    covers 74 to 97 % (see the module's table); `method="wider"`, the default, is the smallest interval holding
-    both it and Student's t over the seeds' values; for normal values it covers at least the level,
-    whichever of seeds and queries vary more.
 
     Units are taken to be a seed's own; where every seed asks the same queries the interval speaks for new seeds, not
     for new queries.
@@ -235,7 +300,8 @@ def bootstrap(values, seeds, statistic: Callable = np.mean, **options: Unpack[Op
         UserError: Shapes that do not fit, an unknown method, or a statistic that is not one number.
     """
     groups = {label: (units,) for label, units in _by_seed(values, seeds).items()}
-    return _estimate(groups, lambda units: _of_samples(statistic, units), **options)
+    shares = statistic is np.mean and np.ndim(values) == 1
+    return _estimate(groups, lambda units: _of_samples(statistic, units), shares=shares, **options)
 
 
 def difference(
@@ -243,7 +309,7 @@ def difference(
 ) -> Estimate:
     """`statistic(a) - statistic(b)` within each seed, averaged over seeds: "large minus small" with matched seeds.
 
-    Seeds are drawn jointly for both arms, so what a seed does to both cancels. `n` counts the units of both arms.
+    The difference is taken within a seed, so what a seed does to both arms cancels. `n` counts the units of both arms.
 
     Args:
         a: [units] or [units, k], as in `bootstrap`.
@@ -270,7 +336,8 @@ def difference(
 
     if not matched_units:
         units, others = _by_seed(a, a_seeds), _by_seed(b, b_seeds)
-        return _estimate({label: (units[label], others[label]) for label in units}, between, **options)
+        shares = statistic is np.mean and np.ndim(a) == 1
+        return _estimate({label: (units[label], others[label]) for label in units}, between, shares=shares, **options)
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if a.shape != b.shape or not np.array_equal(a_seeds, b_seeds):
         raise UserError(
@@ -319,6 +386,27 @@ def largest_minus_smallest(rows, columns, statistic: Callable = np.mean, **optio
     return difference_of(largest(rows), smallest(rows), columns, statistic=statistic, **options)
 
 
+def slope_of(rows, columns, statistic: Callable = np.mean, x: str = "size", **options) -> Estimate:
+    """Change of a number for ten times the size: the least-squares slope over log10 size, all sizes used, within each seed.
+
+    Args:
+        rows: A table with columns `seed`, `x` and those named.
+        columns: A column, or columns together, whose `statistic` is the number of a size.
+        statistic, options: As in `bootstrap`.
+        x: The column of the sizes.
+
+    Raises:
+        UserError: A seed with fewer than two sizes.
+    """
+    slopes = {}
+    for label, some in rows.groupby("seed"):
+        numbers = {size: statistic(one[columns].to_numpy(dtype=float)) for size, one in some.groupby(x)}
+        if len(numbers) < 2:
+            raise UserError(f"Seed {label} has {len(numbers)} of {x!r}; a slope needs two or more.")
+        slopes[label] = float(np.polyfit(np.log10(list(numbers)), list(numbers.values()), 1)[0])
+    return over_seeds(slopes, n=len(rows), **options)
+
+
 def difference_in_differences(rows, column: str = "change", **options) -> Estimate:
     """`difference_of` rows that are `treated` and the others: what a treatment changed beyond what changed anyway."""
     return difference_of(rows[rows["treated"]], rows[~rows["treated"]], column, **options)
@@ -332,7 +420,7 @@ def rank_correlation_of(rows, columns: Sequence[str]) -> Estimate:
 
         return pandas.DataFrame(sample).corr("spearman").iloc[0, 1]
 
-    return estimate_of(rows, list(columns), correlation, method="t", bounds=(-1, 1))
+    return estimate_of(rows, list(columns), correlation, bounds=(-1, 1))
 
 
 def gaps(rows, by: Sequence[str], column: str = "change"):

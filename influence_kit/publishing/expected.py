@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from influence_kit.measures.intervals import SEED
+
 if TYPE_CHECKING:
     import pandas
 
@@ -25,7 +27,9 @@ def summarise_table(table: pandas.DataFrame) -> dict:
         width = float(widths[np.isfinite(widths)].mean()) if np.isfinite(widths).any() else math.nan
     for name in table.columns:
         column = table[name]
-        if column.dtype.kind not in "biuf":
+        if column.dtype.kind not in "biuf" or str(name).startswith(
+            SEED
+        ):  # one seed's number is noisier than the estimate
             continue
         values = column.to_numpy(dtype=float)
         values = values[np.isfinite(values)]

@@ -14,10 +14,12 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from influence_kit.errors import UserError, first_line
 from influence_kit.files import sha256, working_folder, write_whole
+from influence_kit.findings.fixed import fixed_claims
 from influence_kit.runner.fingerprint import cells_digest
 from influence_kit.runner.machine import cache_root, repository
 from influence_kit.runner.stages import Progress, Stage
@@ -148,7 +150,7 @@ def chapter_stage(
     """The stage that executes a notebook.
 
     It depends on the notebook's cells, the code that they can reach, its parameters (what files of the user's hold, not where
-    they lie), the profile's content and the stages that the chapter reads.
+    they lie), the rules of its claims, the profile's content and the stages that the chapter reads.
 
     Args:
         path: The notebook.
@@ -173,6 +175,7 @@ def chapter_stage(
             "cells": cells,
             "given": dict(given),
             "profile": dict(profile),
+            "claims": [asdict(rule) for rule in fixed_claims().values() if rule.chapter == path.stem],
             "code": code,
             "changed": dict(changed or {}),
             "own": {name: _content(str(given[name])) for name in ("model", "texts") if given.get(name)},

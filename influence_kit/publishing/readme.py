@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from influence_kit.errors import UserError
-from influence_kit.measures.claims import STATUSES, Claim, merge, read_verdicts
+from influence_kit.measures.claims import merge, read_verdicts
 from influence_kit.publishing.results import claims_of, keep_other_seeds, publish
+from influence_kit.publishing.runs import read_object
 from influence_kit.reading.verdicts import verdict_table_markdown
 from influence_kit.runner.live import clock
 from influence_kit.runner.machine import repository
@@ -28,37 +29,13 @@ WHAT = {
 
 
 def verdicts(folder: Path) -> str:
-    """A row a chapter: the claim that it opens with, and how its others came out; and how figures compare with what is expected."""
-    made = claims_of(folder)
-    rows = ["| chapter | headline | paper | here | others |", "| --- | --- | --- | --- | --- |"]
-    for chapter, claims in made.items():
-        judged = [claim for claim in claims if claim.kind == "claim"]
-        first, rest = judged[0] if judged else None, judged[1:]
-        words = {status: sum(claim.status == status for claim in rest) for status in STATUSES}
-        others = ", ".join(f"{count} {status}" for status, count in words.items() if count) or "–"
-        headline = "gates and controls alone | – | –" if first is None else " | ".join(headline_cells(first))
-        rows.append(f"| [{chapter}](notebooks/{chapter}.ipynb) | {headline} | {others} |")
-    counts: dict[str, int] = defaultdict(int)
-    for figure in read_verdicts(folder / "verdicts.json")[1]:
-        counts[figure["status"]] += 1
-    told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-    every = sum(len(claims) for claims in made.values())
-    return (
-        "\n".join(rows)
-        + f"\n\nAll {every} claims, gates and controls: [the table](figures/{folder.name}/verdicts.md). Figures: {told}.\n"
-    )
-
-
-def every_claim(folder: Path) -> str:
-    """The table of all claims of a run, as `verdicts.md` beside them holds it."""
-    return f"# Every claim of this run\n\n{verdict_table_markdown(merge(*claims_of(folder).values()))}"
-
-
-def headline_cells(claim: Claim) -> list[str]:
-    """Claim, paper and verdict of a row, as Markdown cells, with the referee's word where there is one."""
-    cells = verdict_table_markdown([claim]).splitlines()[2].strip("| ").split(" | ")
-    _, sentence, paper, measured, _, verdict, asked = cells
-    return [sentence, paper, f"{verdict}: {measured}" + (f"; {asked}" if claim.referee else "")]
+    """A row a finding: the paper, here, retraining; the checks as a count; how figures compare with what is expected."""
+    claims = merge(*claims_of(folder).values())
+    states = Counter(figure["status"] for figure in read_verdicts(folder / "verdicts.json")[1])
+    told = ", ".join(f"{count} {status}" for status, count in sorted(states.items()))
+    since = read_object(folder / "verdicts.json").get("rules_since", "not committed")
+    fixed = f"Rules fixed beforehand: [claims.yaml](influence_kit/findings/claims.yaml), {since}."
+    return f"{verdict_table_markdown(claims)}\n{fixed} Figures: {told}.\n"
 
 
 def times(folder: Path) -> str:
@@ -121,7 +98,6 @@ def main() -> None:
         confirmed, stay = keep_other_seeds(folder, asked.other_seeds)
         publish(folder, [])
         print(f"{stay} of {confirmed} claims that are confirmed stay so on the other seeds")
-    (folder / "verdicts.md").write_text(every_claim(folder))
     path = root / "README.md"
     path.write_text(fill(path.read_text(), {"verdicts": verdicts(folder), "times": times(folder)}))
 

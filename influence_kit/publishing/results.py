@@ -5,13 +5,15 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from influence_kit.errors import UserError, first_line
 from influence_kit.files import sha256, whole
+from influence_kit.findings.fixed import fixed_since
+from influence_kit.measures.claims import NO_EFFECT, with_holm
 from influence_kit.publishing.runs import check_claims, read_object, read_provenance
+from influence_kit.reading.verdicts import checks_in_words
 from influence_kit.runner.stages import Stage, record
 
 if TYPE_CHECKING:
@@ -54,7 +56,8 @@ def publish(
     write_json(folder / "provenance.json", known)
     figures = _judge_figures(folder, update_expected, expected or folder / "expected.json")
     claims = [claim for made in claims_of(folder).values() for claim in made]
-    write_verdicts(folder / "verdicts.json", claims, figures, **({"changed": dict(changed)} if changed else {}))
+    about = {"changed": dict(changed)} if changed else {}
+    write_verdicts(folder / "verdicts.json", claims, figures, rules_since=fixed_since(), **about)
     return claims, figures
 
 
@@ -133,7 +136,8 @@ def read_claims(path: Path) -> list["Claim"]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is cut or damaged ({first_line(error)}): delete it, run its chapter again") from error
     try:
-        return [claim_of(row) for row in (content["claims"] if isinstance(content, dict) else content)]
+        rows = content["claims"] if isinstance(content, dict) else content
+        return [claim_of(row) for row in rows if "kind" not in row]  # "kind": from before claims had tiers
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(
             f"{path} holds a claim without its parts ({error}): delete it and run its chapter again"
@@ -141,21 +145,10 @@ def read_claims(path: Path) -> list["Claim"]:
 
 
 def claims_of(folder: Path) -> dict[str, list["Claim"]]:
-    """The claims of a run by chapter; a confirmed one that `other_seeds.json` does not confirm is fragile, and its reason says why."""
-    others = read_object(folder / OTHER_SEEDS)
-    paths = sorted(folder.glob("claims/*.json"))
-    return {path.stem: [_beside(claim, others.get(claim.id)) for claim in read_claims(path)] for path in paths}
-
-
-def _beside(claim: "Claim", other: dict | None) -> "Claim":
-    if other is None or claim.status != "confirmed" or other["status"] == "confirmed":
-        return claim
-    from influence_kit.measures.intervals import Estimate
-
-    low, high = other["interval"]
-    number = Estimate(other["measured"], low, high, 0)
-    seeds = ", ".join(map(str, other["seeds"]))
-    return replace(claim, fragile=True, reason=f"fragile: on seeds {seeds} it is {other['status']}, {number}")
+    """The claims of a run by chapter, with Holm's correction over all of them."""
+    made = {path.stem: read_claims(path) for path in sorted(folder.glob("claims/*.json"))}
+    corrected = with_holm(claim for claims in made.values() for claim in claims)
+    return {chapter: [claim for claim in corrected if claim.chapter == chapter] for chapter in made}
 
 
 def keep_other_seeds(folder: Path, run: Path) -> tuple[int, int]:
@@ -186,24 +179,22 @@ def keep_other_seeds(folder: Path, run: Path) -> tuple[int, int]:
 
 
 def closing_screen(claims: Iterable["Claim"], figures: Iterable[dict], folder: Path) -> str:
-    """What a run ends with in a terminal: each chapter's headline, how many claims came out how, and where the rest is."""
+    """What a run ends with in a terminal: a line a finding, the checks as a count, how figures compare, and where the rest is."""
     claims, figures = list(claims), list(figures)
     width = max(shutil.get_terminal_size((120, 24)).columns, 60)
-    lines, opened = [], set()
-    for claim in claims:
-        if claim.kind != "claim" or claim.chapter in opened:
-            continue
-        opened.add(claim.chapter)
+    lines = []
+    for claim in (claim for claim in claims if claim.tier == "primary"):
         low, high = claim.interval
-        number = f"{claim.measured:.2g} [{low:.2g}, {high:.2g}]"
-        room = width - len(number) - 16
+        told = f"{claim.measured:.2g} [{low:.2g}, {high:.2g}]"
+        room = width - len(told) - 31
         sentence = claim.claim if len(claim.claim) <= room else claim.claim[: room - 1] + "…"
-        lines.append(f"{claim.chapter[:2]}  {claim.status:<9}  {sentence}  {number}")
-    judged = Counter(claim.status for claim in claims if claim.kind == "claim")
-    checks = [claim for claim in claims if claim.kind != "claim"]
-    passed = sum(claim.status == "confirmed" for claim in checks)
+        lines.append(f"{claim.chapter[:2]}  {claim.verdict:<25}{sentence}  {told}")
+    judged = Counter(
+        claim.verdict if claim.status != NO_EFFECT else "without effect" for claim in claims if claim.tier == "primary"
+    )
     told = ", ".join(f"{count} {status}" for status, count in judged.most_common())
-    lines.append(f"{sum(judged.values())} claims: {told or 'none'}; checks: {passed} of {len(checks)} hold")
+    lines.append(f"{sum(judged.values())} findings: {told or 'none'}")
+    lines.append(checks_in_words(claims).strip() or "Checks: none")
     states = Counter(figure["status"] for figure in figures)
     told = ", ".join(f"{states[status]} {status}" for status in ("reproduced", "differs", "new") if states[status])
     differing = ", ".join(figure["name"] for figure in figures if figure["status"] == "differs")

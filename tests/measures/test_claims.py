@@ -1,97 +1,170 @@
-"""Claims: rules, seeds and gates, byte-stable files, referees."""
+"""Claims: rules, seeds and gates, nonsense that must not pass, byte-stable files, referees."""
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from influence_kit.errors import UserError
 from influence_kit.measures import claims
-from influence_kit.measures.claims import Claim, judge
-from influence_kit.measures.intervals import Estimate
+from influence_kit.measures.claims import NO_EFFECT, Claim, Rule, judge, judged, with_holm
+from influence_kit.measures.intervals import Estimate, over_seeds
+
+SEEDS = range(11, 19)
 
 
-def estimate(low: float, high: float, seeds: int = 3) -> Estimate:
-    return Estimate((low + high) / 2, low, high, 100, tuple(range(seeds)))
+def rule(id: str = "04-grows", tier: str = "primary", **changes) -> Rule:
+    given = {
+        "confirm_above": 0.0,
+        "delta": 0.1 if tier == "primary" else None,
+        "unit": "ratio",
+        "paper": "theme at 52B",
+    }
+    return Rule(id, "04_abstraction", tier, "meaning beats words", **(given | changes))
 
 
-def claim(id: str = "lift-large", low: float = 2.0, high: float = 3.0, **changes) -> Claim:
-    given = {"chapter": "04_abstraction", "claim": "meaning beats words", "paper": "theme at 52B", "unit": "ratio"}
-    given |= {"confirm_above": 1.0} | changes
-    return Claim.from_estimate(id=id, estimate=estimate(low, high, given.pop("seeds", 3)), **given)
+def estimate(low: float, high: float, seeds=SEEDS) -> Estimate:
+    """An estimate from seeds that has about this interval."""
+    noise = np.resize([-1.0, 1.0], len(seeds))
+    unit = over_seeds(dict(zip(seeds, noise, strict=True)))
+    scale = (high - low) / (unit.high - unit.low) if len(seeds) > 1 else 0
+    return over_seeds(dict(zip(seeds, (low + high) / 2 + scale * noise, strict=True)))
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "rule", "status"),
+    ("low", "high", "given", "status"),
     [
         (2.1, 3.0, {"confirm_above": 2}, "confirmed"),
-        (1.9, 3.0, {"confirm_above": 2}, "undecided"),
+        (1.8, 3.0, {"confirm_above": 2}, "undecided"),
         (1.0, 1.9, {"confirm_above": 2}, "refuted"),
-        (0.0, 0.0, {"confirm_above": 0}, "refuted"),
-        (1.0, 1.9, {"confirm_above": 2, "refute_below": 1}, "undecided"),
-        (0.2, 0.9, {"confirm_above": 2, "refute_below": 1}, "refuted"),
-        (0.1, 0.2, {"confirm_below": 0.3}, "confirmed"),
-        (0.3, 0.4, {"confirm_below": 0.3}, "refuted"),
-        (0.3, 0.4, {"confirm_below": 0.3, "refute_above": 0.5}, "undecided"),
-        (-0.1, 0.1, {"confirm_above": -0.2, "confirm_below": 0.2}, "confirmed"),
-        (-0.3, 0.1, {"confirm_above": -0.2, "confirm_below": 0.2}, "undecided"),
-        (0.3, 0.4, {"confirm_above": -0.2, "confirm_below": 0.2}, "refuted"),
-        (math.nan, math.nan, {"confirm_above": 0}, "undecided"),
+        (1.95, 2.05, {"confirm_above": 2}, NO_EFFECT),
+        (2.01, 2.05, {"confirm_above": 2}, NO_EFFECT),
+        (0.1, 0.2, {"confirm_below": 0.4, "confirm_above": None}, "confirmed"),
+        (0.45, 0.6, {"confirm_below": 0.4, "confirm_above": None}, "refuted"),
+        (0.35, 0.45, {"confirm_below": 0.4, "confirm_above": None}, NO_EFFECT),
+        (math.nan, math.nan, {}, "undecided"),
     ],
 )
-def test_rules(low, high, rule, status):
-    assert judge(estimate(low, high), **rule)[0] == status
+def test_statuses_of_primary_claims(low, high, given, status):
+    assert judge(rule(**given), estimate(low, high))[0] == status
 
 
-def test_fewer_than_three_seeds_decide_gates_but_not_claims():
-    assert judge(estimate(2, 3, seeds=2), confirm_above=1) == ("undecided", "<3 seeds")
-    for kind in ("gate", "control"):
-        assert judge(estimate(2, 3, seeds=1), confirm_above=1, kind=kind) == ("confirmed", "")
+@pytest.mark.parametrize(("low", "high", "status"), [(0.1, 3, "passed"), (-0.1, 3, "failed"), (math.nan, 1, "failed")])
+def test_statuses_of_checks(low, high, status):
+    assert judge(rule(tier="check"), estimate(low, high))[0] == status
 
 
-def test_a_closed_gate_leaves_the_claim_undecided():
-    gate = claim("gate-accuracy", 0.1, 0.2, confirm_above=0.5, kind="gate")
-    judged = claim(gates=[gate])
-    assert gate.status == "refuted" and judged.status == "undecided"
-    assert judged.reason == "gate gate-accuracy is refuted" and "gate-accuracy" in judged.rule
-    assert claim(gates=[claim("open", kind="gate")]).status == "confirmed"
+def test_fewer_than_three_seeds_decide_checks_but_not_primary_claims():
+    assert judge(rule(), estimate(2, 3, [11, 12])) == ("undecided", "fewer than 3 seeds")
+    assert judge(rule(tier="check"), estimate(2, 3, [11, 12])) == ("passed", "")
 
 
-def test_rule_in_words():
-    assert (
-        claim(refute_below=0.5).rule
-        == "confirmed if the whole interval lies above 1; refuted if it lies at or below 0.5"
-    )
-    both = claims.describe_rule(confirm_above=-0.2, confirm_below=0.2)
-    assert both.endswith("above -0.2 and below 0.2; refuted if it lies at or above 0.2 or at or below -0.2")
+def test_a_closed_gate_leaves_a_claim_undecided():
+    closed, opened = (judged(rule("gate", "check"), estimate(low, 3)) for low in (-1, 1))
+    made = judged(rule(), estimate(2, 3), gates=[closed])
+    assert (made.status, made.reason) == ("undecided", "gate gate failed") and math.isnan(made.p)
+    assert judged(rule(), estimate(2, 3), gates=[opened]).status == "confirmed"
+
+
+def test_an_interval_without_width_decides_nothing():
+    assert judge(rule(), over_seeds(dict.fromkeys(SEEDS, 2.0)))[0] == "undecided"
+
+
+def nonsense(values: np.ndarray) -> dict[str, np.ndarray | None]:
+    """What [seeds, 2] (small and large model) becomes under faults; None where an estimate does not follow from its seeds."""
+    rng = np.random.default_rng(0)
+    flipped = values * rng.choice([-1, 1], (len(values), 1))
+    return {
+        "sizes swapped": values[:, ::-1],
+        "labels permuted": np.stack([rng.permutation(row) for row in np.r_[values[:4], values[4:, ::-1]]]),
+        "scores shuffled": rng.permutation(values.ravel()).reshape(values.shape) + flipped,
+        "evidence deleted": np.full_like(values, math.nan),
+    }
+
+
+@pytest.mark.parametrize("fault", nonsense(np.ones((8, 2))))
+def test_a_verdict_does_not_survive_nonsense(fault):
+    values = np.stack([np.zeros(8), np.linspace(0.8, 1.2, 8)], 1)
+
+    def verdict(table):
+        return judge(rule(), over_seeds(dict(zip(SEEDS, table[:, 1] - table[:, 0], strict=True))))[0]
+
+    assert verdict(values) == "confirmed" and verdict(nonsense(values)[fault]) != "confirmed"
+
+
+def test_an_estimate_that_does_not_follow_from_its_seeds_is_refused():
+    good = estimate(1, 2)
+    for bad in (
+        replace(good, value=1.7),
+        replace(good, low=0.1),
+        replace(good, per_seed={11: 1.0}),
+        replace(good, per_seed={}),
+    ):
+        with pytest.raises(UserError, match="04-grows"):
+            judged(rule(), bad)
 
 
 def test_rules_that_cannot_be():
     with pytest.raises(UserError, match="needs confirm_above"):
-        judge(estimate(1, 2))
-    with pytest.raises(UserError, match="refutes at 3"):
-        judge(estimate(1, 2), confirm_above=2, refute_below=3)
-    with pytest.raises(UserError, match="refutes at 0.1"):
-        judge(estimate(1, 2), confirm_below=0.2, refute_above=0.1)
+        rule(confirm_above=None)
+    with pytest.raises(UserError, match="delta None"):
+        rule(delta=None)
+    with pytest.raises(UserError, match="delta 1"):
+        rule(tier="check", delta=1)
+    with pytest.raises(UserError, match="'headline'"):
+        rule(tier="headline")
     with pytest.raises(UserError, match="'proved'"):
-        Claim("a", "b", "c", "d", 1.0, (0.0, 2.0), "proved", "claim", (), "nats", "")
+        replace(judged(rule(), estimate(1, 2)), status="proved")
+
+
+def test_p_is_students():
+    from scipy import stats
+
+    found = estimate(0.2, 2)
+    expected = stats.ttest_1samp(list(found.per_seed.values()), 0).pvalue
+    assert judged(rule(), found).p == pytest.approx(expected, rel=1e-6)
+    assert judged(rule(), over_seeds({11: -1.0, 12: 1.0, 13: 1.5})).p > 0.05  # undecided
+
+
+def test_holm_is_over_the_primary_claims():
+    ps = {"a": 0.01, "b": 0.04, "c": 0.03, "d": math.nan}
+    primary = [replace(judged(rule(id), estimate(1, 2)), p=p) for id, p in ps.items()]
+    check = judged(rule("e", "check"), estimate(1, 2))
+    found = {claim.id: claim.holm for claim in with_holm([*primary, check])}
+    assert found["a"] == pytest.approx(0.04) and found["c"] == found["b"] == pytest.approx(0.09)
+    assert math.isnan(found["d"]) and math.isnan(found["e"])
+
+
+@pytest.mark.parametrize(("low", "high", "word"), [(1, 2, "agrees"), (-2, -1, "disagrees"), (-2, 2, "undecided")])
+def test_a_referee_agrees_disagrees_or_does_not_know(tmp_path, low, high, word):
+    asked = rule(referee={"method": "retraining", "unit": "nats", "confirm_above": 0})
+    made = judged(asked, estimate(2, 3), estimate(low, high))
+    assert (made.referee.agreement, made.referee.method) == (word, "retraining")
+    assert judged(rule(), estimate(2, 3), judged(rule("other"), estimate(low, high))).referee.agreement == word
+    claims.write_verdicts(tmp_path / "v.json", [made])
+    assert claims.read_verdicts(tmp_path / "v.json")[0][0].referee.per_seed == pytest.approx(made.referee.per_seed)
+    with pytest.raises(UserError, match="no rule for a referee"):
+        judged(rule(), estimate(2, 3), estimate(low, high))
 
 
 def test_file_is_sorted_stable_and_read_back(tmp_path):
-    noisy = claim("b-noise", np.float64(2.0) * (1 + 1e-13), 3.0)
-    nothing = claim("a-none", math.nan, math.nan, seeds=1)
+    made, nothing = judged(rule("b"), estimate(2, 3)), judged(rule("a", "check"), estimate(math.nan, math.nan))
+    shown = judged(rule("c", "exploratory", delta=None), estimate(2, 3))
+    noisy = replace(made, measured=made.measured * (1 + 1e-13))
     figures = [{"name": "tails", "status": "reproduced"}, {"name": "ladder", "status": "differs", "columns": ["lift"]}]
-    claims.write_verdicts(tmp_path / "one.json", [noisy, nothing], figures)
-    claims.write_verdicts(tmp_path / "two.json", [nothing, claim("b-noise")], figures[::-1])
+    claims.write_verdicts(tmp_path / "one.json", [noisy, nothing, shown], figures)
+    claims.write_verdicts(tmp_path / "two.json", [nothing, made], figures[::-1])
     assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.json", "two.json"]
     content = json.loads((tmp_path / "one.json").read_text())
-    assert [row["id"] for row in content["claims"]] == ["a-none", "b-noise"]
+    assert [row["id"] for row in content["claims"]] == ["a", "b"] and content["claims"][0]["measured"] is None
     assert [figure["name"] for figure in content["figures"]] == ["ladder", "tails"]
-    assert content["claims"][0]["measured"] is None and content["claims"][1]["interval"] == [2.0, 3.0]
+    row = content["claims"][1]
+    assert {"tier", "threshold", "delta", "status", "holm", "referee", "sentence"} <= set(row)
+    assert set(row["per_seed"]) == {str(seed) for seed in SEEDS} and "confirmed" in row["sentence"]
     kept, read_figures = claims.read_verdicts(tmp_path / "one.json")
-    assert kept[1] == claim("b-noise") and math.isnan(kept[0].measured) and read_figures == content["figures"]
+    assert kept[1].sentence == made.sentence and kept[1].seeds == made.seeds and read_figures == content["figures"]
 
 
 def test_small_numbers_are_kept_in_the_file(tmp_path):
@@ -100,9 +173,10 @@ def test_small_numbers_are_kept_in_the_file(tmp_path):
 
 
 def test_merge_refuses_two_claims_of_one_id():
-    assert [c.id for c in claims.merge([claim("b")], [claim("a")])] == ["a", "b"]
+    made = {id: judged(rule(id), estimate(1, 2)) for id in "ab"}
+    assert [claim.id for claim in claims.merge([made["b"]], [made["a"]])] == ["a", "b"]
     with pytest.raises(UserError, match="'a' is made in '03_x' and in '04_abstraction'"):
-        claims.merge([claim("a")], [claim("a", chapter="03_x")])
+        claims.merge([made["a"]], [replace(made["a"], chapter="03_x")])
 
 
 def test_unknown_figure_status_is_refused(tmp_path):
@@ -110,24 +184,6 @@ def test_unknown_figure_status_is_refused(tmp_path):
         claims.write_verdicts(tmp_path / "x.json", [], [{"name": "tails", "status": "same"}])
 
 
-def test_a_claim_confirmed_by_a_hair_is_fragile():
-    made = [claim(low=low, high=2.5 + (2.5 - low), confirm_above=1) for low in (1.1, 1.6)]
-    assert [(c.status, c.fragile) for c in made] == [("confirmed", True), ("confirmed", False)]
-    assert not claim(low=0.5, high=4.5, confirm_above=1).fragile  # undecided as it is
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "agreement", "same_side"),
-    [
-        (1.2, 3.8, "agrees", True),
-        (-3.8, -1.2, "disagrees", False),
-        (-1, 6, "undecided", True),
-        (-6, 1, "undecided", False),
-    ],
-)
-def test_a_referee_agrees_disagrees_or_does_not_know(tmp_path, low, high, agreement, same_side):
-    by = claim("retraining", low=low, high=high, confirm_above=0)
-    made = claim("a", low=2, high=3, confirm_above=1).refereed("retraining", by)
-    assert (made.referee.agreement, made.referee.same_side, made.referee.claim) == (agreement, same_side, "retraining")
-    claims.write_verdicts(tmp_path / "v.json", [made, by])
-    assert claims.read_verdicts(tmp_path / "v.json")[0][0] == made
+def test_a_claims_seeds_are_counted_once():
+    assert isinstance(judged(rule(), estimate(1, 2)), Claim)
+    assert judge(rule(), replace(estimate(1, 2, [11, 12]), seeds=(11, 11, 12)))[1] == "fewer than 3 seeds"

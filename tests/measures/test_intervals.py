@@ -17,8 +17,11 @@ from influence_kit.measures.intervals import (
     estimate_of,
     gaps,
     largest_minus_smallest,
+    over_seeds,
     pick,
     ratio_of_means,
+    recomputed,
+    slope_of,
 )
 
 
@@ -60,19 +63,8 @@ def test_value_is_the_mean_over_seeds_of_the_statistic():
 @pytest.mark.parametrize(("between", "lowest"), [(0.0, 0.94), (0.2, 0.93), (2.0, 0.93)])
 def test_default_interval_covers_with_three_seeds(between, lowest):
     rng = np.random.default_rng(0)
-    estimates = [bootstrap(*nested(rng, 3, 40, between), draws=200) for _ in range(400)]
+    estimates = [bootstrap(*nested(rng, 3, 40, between)) for _ in range(400)]
     assert np.mean([e.low <= 0 <= e.high for e in estimates]) >= lowest
-
-
-def test_bootstrap_alone_undercovers_when_seeds_differ():
-    """The reason for the default: where seeds differ the interval is about the range of their three values."""
-    rng = np.random.default_rng(0)
-    samples = [nested(rng, 3, 40, 2.0) for _ in range(400)]
-    covered = {
-        method: np.mean([(e := bootstrap(*s, draws=200, method=method)).low <= 0 <= e.high for s in samples])
-        for method in ("bootstrap", "t")
-    }
-    assert 0.65 < covered["bootstrap"] < 0.82 and covered["t"] == pytest.approx(0.95, abs=0.035)
 
 
 def test_t_interval_is_students():
@@ -80,13 +72,7 @@ def test_t_interval_is_students():
     values, seeds = nested(rng, 5, 20, 1.0)
     means = values.reshape(5, 20).mean(1)
     low, high = stats.t.interval(0.9, 4, means.mean(), stats.sem(means))
-    assert bootstrap(values, seeds, method="t", level=0.9).interval == pytest.approx((low, high))
-
-
-def test_wider_holds_both():
-    values, seeds = nested(np.random.default_rng(0), 3, 40, 0.1)
-    wide, boot, t = (bootstrap(values, seeds, method=method) for method in ("wider", "bootstrap", "t"))
-    assert wide.low == min(boot.low, t.low) and wide.high == max(boot.high, t.high)
+    assert bootstrap(values, seeds, level=0.9).interval == pytest.approx((low, high))
 
 
 def test_bootstrap_of_one_seed_is_the_standard_one():
@@ -95,7 +81,7 @@ def test_bootstrap_of_one_seed_is_the_standard_one():
     reference = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=4000).confidence_interval
     assert "one seed" in estimate.note and estimate.seeds == (0,)
     assert estimate.interval == pytest.approx((reference.low, reference.high), abs=0.02)
-    assert np.isnan(bootstrap(values, np.zeros(200), method="t").low)
+    assert np.isnan(over_seeds({0: values.mean()}).low)
 
 
 def test_ratio_of_means_covers_and_pairs():
@@ -119,20 +105,67 @@ def test_units_with_nan_are_left_out():
 
 def test_a_seed_without_a_value_is_named():
     estimate = bootstrap([[1.0, 2], [1, 0], [0, 0]], ["a", "b", "c"], ratio_of_means)
-    assert np.isnan(estimate.value) and estimate.note == "no value in seed c"
+    assert np.isnan(estimate.value) and estimate.note.startswith("no value in seed")
 
 
 def test_equal_generator_seeds_give_equal_intervals():
     values, seeds = nested(np.random.default_rng(0), 3, 30, 0.3)
-    assert bootstrap(values, seeds, seed=4) == bootstrap(values, seeds, seed=4)
-    assert bootstrap(values, seeds, seed=4, method="bootstrap") != bootstrap(values, seeds, seed=5, method="bootstrap")
+    one = np.zeros(90)
+    assert bootstrap(values, one, seed=4) == bootstrap(values, one, seed=4) != bootstrap(values, one, seed=5)
     order = np.random.default_rng(1).permutation(90)
     assert bootstrap(values[order], seeds[order]).value == pytest.approx(bootstrap(values, seeds).value)
 
 
 def test_bounds_cut_and_no_width_is_said():
     assert bootstrap([0.97, 0.99, 1.0], [0, 1, 2], bounds=(0, 1)).high == 1
-    assert bootstrap([1.0] * 6, [0, 0, 1, 1, 2, 2]).note.startswith("no variation")
+    assert bootstrap([2.0] * 6, [0, 0, 1, 1, 2, 2]).note.startswith("no variation")
+
+
+def test_a_share_without_variation_has_the_exact_binomial_interval():
+    seeds = np.repeat([11, 12, 13], 8)
+    every = bootstrap(np.ones(24), seeds, bounds=(0, 1))
+    low, high = stats.binomtest(24, 24).proportion_ci(0.95)
+    assert every.interval == pytest.approx((low, high)) and low == pytest.approx(0.858, abs=1e-3)
+    apart = difference(np.ones(24), seeds, np.zeros(24), seeds)
+    assert apart.value == 1 and 0.7 < apart.low < low < apart.high
+    assert every.how == "exact binomial, 24 of 24" and apart.how == "exact binomial, 24 of 24 less 0 of 24"
+
+
+def test_ratios_are_averaged_as_logarithms():
+    ratio = over_seeds({1: 2.0, 2: 8.0, 3: 4.0}, method="log")
+    plain = over_seeds({1: 1.0, 2: 3.0, 3: 2.0})
+    assert np.log2([ratio.value, *ratio.interval]) == pytest.approx([plain.value, *plain.interval])
+    assert over_seeds({1: 2.0, 2: 0.0}, method="log").note == "no positive value in seed 2"
+
+
+def test_a_slope_uses_all_sizes_within_each_seed():
+    table = pd.DataFrame({"seed": np.repeat([1, 2], 3), "size": [10, 100, 1000] * 2, "x": [1, 2, 3, 5, 7.5, 9]})
+    found = slope_of(table, "x")
+    assert found.per_seed == pytest.approx({1: 1.0, 2: 2.0}) and found.value == pytest.approx(1.5)
+    with pytest.raises(UserError, match="Seed 1 has 1 of 'size'"):
+        slope_of(pick(table, size=10), "x")
+
+
+def test_a_seed_listed_twice_counts_once():
+    once, twice = bootstrap([1.0, 2, 4], [1, 2, 3]), bootstrap([1.0, 2, 4, 4], [1, 2, 3, 3])
+    assert once.interval == twice.interval and twice.seeds == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        over_seeds({1: 0.2, 2: 0.5, 3: 0.4}),
+        over_seeds({1: 0.9, 2: 1.0, 3: 0.99}, bounds=(0, 1)),
+        over_seeds({1: 0.9, 2: 1.0, 3: 0.99}, bounds=(-np.inf, 1)),
+        over_seeds({1: 0.2, 2: 5.0, 3: 4.0}, method="log"),
+        bootstrap(np.ones(24), np.repeat([1, 2, 3], 8)),
+        difference(np.ones(6), np.repeat([1, 2, 3], 2), np.zeros(3), [1, 2, 3]),
+    ],
+)
+def test_what_a_table_keeps_gives_the_estimate_again(made):
+    row = made.row(size=8)
+    per_seed = {name: value for name, value in row.items() if name.startswith("seed_")}
+    assert recomputed(per_seed, row["interval"]) == pytest.approx((row["estimate"], row["low"], row["high"]))
 
 
 def test_statistics_without_an_axis_are_called_by_sample():
@@ -163,12 +196,9 @@ def test_matched_units_are_drawn_together():
     rng = np.random.default_rng(0)
     seeds, query = np.repeat([0, 1, 2], 60), rng.normal(0, 3, 180)
     a, b = query + 0.5 + rng.normal(0, 0.1, 180), query + rng.normal(0, 0.1, 180)
-    matched = difference(a, seeds, b, seeds, matched_units=True, method="bootstrap")
-    loose = difference(a, seeds, b, seeds, method="bootstrap")
-    assert matched.n == 180 and matched.value == pytest.approx(loose.value)
-    assert 5 * (matched.high - matched.low) < loose.high - loose.low
-    expected = bootstrap(a - b, seeds, method="bootstrap")
-    assert matched.interval == pytest.approx(expected.interval, abs=1e-9)
+    matched, loose = difference(a, seeds, b, seeds, matched_units=True), difference(a, seeds, b, seeds)
+    assert matched.n == 180 and loose.n == 360 and matched.value == pytest.approx(loose.value)
+    assert matched.interval == pytest.approx(bootstrap(a - b, seeds).interval, abs=1e-9)
 
 
 def test_differences_of_ratio_statistics():
@@ -219,8 +249,5 @@ def test_columns_of_a_table_are_read_with_its_seeds():
     first = pick(table, seed=1)
     by_hand = pick(first, treated=True)["y"].mean() - pick(first, treated=False)["y"].mean()
     assert gaps(table, ["seed"])[1] == pytest.approx(by_hand)
-    assert estimate_of(table, "x").row(size=8)["size"] == 8 and set(estimate_of(table, "x").row()) == {
-        "estimate",
-        "low",
-        "high",
-    }
+    row = estimate_of(table, "x").row(size=8)
+    assert list(row) == ["size", "estimate", "low", "high", "interval", "seed_1", "seed_2", "seed_3"]

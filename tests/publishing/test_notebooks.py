@@ -12,6 +12,8 @@ import pandas
 import pytest
 
 from influence_kit.errors import UserError
+from influence_kit.measures.claims import Rule, judged, row_of, write_json
+from influence_kit.measures.intervals import over_seeds
 from influence_kit.publishing.notebooks import KERNEL, chapter_stage, chosen_parameters, normalise, read_cells, to_text
 from influence_kit.publishing.results import closing_screen, publish, read_claims
 from influence_kit.publishing.runs import Run
@@ -39,8 +41,8 @@ size = (figures / "growth.png").write_bytes(b"a picture")
 """
 SEEN = 'print(os.environ["INFLUENCE_KIT_FIGURES"], sys.prefix, object())'
 CLAIMS = """
-row = dict(id="grows", chapter="01_growth", claim="It grows.", paper="2 per step", measured=scale, interval=[1.5, 2.5],
-           status="confirmed", kind="claim", seeds=seeds, unit="per step", rule="above 0")
+row = dict(id="grows", chapter="01_growth", claim="It grows", tier="primary", paper="2 per step", measured=scale,
+           interval=[1.5, 2.5], unit="per step", seeds=seeds, per_seed={}, threshold=0, side="above", delta=0.1, status="confirmed")
 (figures / "claims").mkdir()
 with open(figures / "claims" / "01_growth.json", "w") as file:
     json.dump([row], file)
@@ -110,8 +112,8 @@ def test_a_chapter_is_executed_cached_normalised_and_published(tmp_path, monkeyp
     assert provenance[chapter.fingerprint]["stages"] == [below.fingerprint]
     assert {"commit", "host", "wall_seconds", "peak_memory_bytes", "versions"} <= set(provenance[below.fingerprint])
     screen = closing_screen(claims, judged, figures).splitlines()
-    assert screen[0] == "01  confirmed  It grows.  2 [1.5, 2.5]"
-    assert screen[1:3] == ["1 claims: 1 confirmed; checks: 0 of 0 hold", "figures: 1 new"]
+    assert screen[0].split("  ") == ["01", "confirmed", *[""] * 7, "It grows", "2 [1.5, 2.5]"]
+    assert screen[1:4] == ["1 findings: 1 confirmed", "Checks: none", "figures: 1 new"]
 
     _, judged = publish(figures, [chapter], update_expected=True)
     assert judged == [{"name": "growth", "status": "reproduced"}]
@@ -284,9 +286,8 @@ def finished(tmp_path: Path, chapter: str, *names: str):
     (part / "claims").mkdir(parents=True)
     for name in names:
         (part / f"{name}.png").write_text(name)
-    row = dict(id=chapter, chapter=chapter, claim="c", paper="p", measured=None, interval=[None, None],
-               status="undecided", kind="claim", seeds=[], unit="", rule="r")  # fmt: skip
-    (part / "claims" / f"{chapter}.json").write_text(json.dumps({"claims": [row]}))
+    row = row_of(judged(Rule(chapter, chapter, "check", "it grows", confirm_above=0), over_seeds({})))
+    write_json(part / "claims" / f"{chapter}.json", {"claims": [row]})
     _seal(made, part, {})
     return made
 
@@ -327,7 +328,6 @@ def test_a_damaged_file_of_figures_is_said_in_one_line(tmp_path):
         ("b.parquet", b"PAR1", "b.parquet cannot be read"),
         ("expected.json", b"{", "expected.json is not readable JSON"),
         ("expected.json", b'{"a": {"rows": 1}}', "expected.json says nothing to compare a with"),
-        ("other_seeds.json", b"[]", "other_seeds.json holds list, not an object"),
     ]:
         publish(figures, [chapter])
         shutil.copy(tmp_path / "a.parquet", figures / "a.parquet")
@@ -370,33 +370,22 @@ def test_the_record_of_a_chapter_holds_no_path(tmp_path):
     assert str(tmp_path) not in json.dumps({key: value for key, value in record(chapter).items() if key != "made"})
 
 
-def other_run(folder, status, seeds=(101, 102, 103), measured=1.0, kind="claim"):
-    """A folder of figures with one claim, called "grows", of other seeds."""
-    row = {
-        "id": "grows",
-        "chapter": "01_growth",
-        "claim": "it grows",
-        "paper": "–",
-        "measured": measured,
-        "interval": [0.1, 1.9],
-    }
-    row |= {"status": status, "kind": kind, "seeds": list(seeds), "unit": "", "rule": "above 0"}
-    (folder / "claims").mkdir(parents=True)
-    (folder / "claims" / "01_growth.json").write_text(json.dumps([row]))
+def other_run(folder, status, seeds=(101, 102, 103)):
+    """A folder of figures with one claim, called "grows", of other seeds, that is confirmed or refuted."""
+    made = over_seeds({seed: {"confirmed": 2, "refuted": -2}[status] + 0.1 * (seed % 3) for seed in seeds})
+    rule = Rule("grows", "01_growth", "primary", "it grows", confirm_above=0, delta=0.1)
+    write_json(folder / "claims" / "01_growth.json", [row_of(judged(rule, made))])
     return folder
 
 
-@pytest.mark.parametrize("kind", ["claim", "gate", "control"])
-def test_what_is_confirmed_and_not_by_other_seeds_is_fragile_and_says_so(tmp_path, kind):
-    from influence_kit.publishing.results import claims_of, keep_other_seeds
+def test_what_other_seeds_say_of_the_same_claims_is_kept(tmp_path):
+    from influence_kit.publishing.results import keep_other_seeds
 
-    here = other_run(tmp_path / "here", "confirmed", (11, 12, 13), 2.0, kind)
-    assert keep_other_seeds(here, other_run(tmp_path / "same", "confirmed", kind=kind)) == (1, 1)
-    assert not claims_of(here)["01_growth"][0].fragile
-    assert keep_other_seeds(here, other_run(tmp_path / "other", "undecided", kind=kind)) == (1, 0)
-    claims, _ = publish(here, [])
-    assert claims[0].fragile and claims[0].status == "confirmed"
-    assert claims[0].reason == "fragile: on seeds 101, 102, 103 it is undecided, 1.0 [0.1, 1.9]"
+    here = other_run(tmp_path / "here", "confirmed", (11, 12, 13))
+    assert keep_other_seeds(here, other_run(tmp_path / "same", "confirmed")) == (1, 1)
+    assert keep_other_seeds(here, other_run(tmp_path / "other", "refuted")) == (1, 0)
+    kept = json.loads((here / "other_seeds.json").read_text())["grows"]
+    assert kept["status"] == "refuted" and kept["seeds"] == [101, 102, 103]
 
 
 def test_other_seeds_must_be_others_and_have_the_claims(tmp_path):

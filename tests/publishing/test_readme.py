@@ -16,7 +16,6 @@ TEXT = (ROOT / "README.md").read_text()
 def test_written_parts_are_those_of_the_committed_run():
     folder = ROOT / "figures" / "laptop"
     assert readme.fill(TEXT, {"verdicts": readme.verdicts(folder), "times": readme.times(folder)}) == TEXT
-    assert (folder / "verdicts.md").read_text() == readme.every_claim(folder)
 
 
 def test_every_link_and_picture_leads_somewhere():

@@ -1,57 +1,32 @@
-"""Claims in Markdown: the table, and referees in words."""
+"""Claims in Markdown: one line a finding, checks as a count, referees in words."""
 
-import pytest
+from influence_kit.measures.claims import Rule, judged
+from influence_kit.measures.intervals import over_seeds
+from influence_kit.reading.verdicts import checks_in_words, referees_markdown, verdict_table_markdown
 
-from influence_kit.measures.claims import Claim
-from influence_kit.measures.intervals import Estimate
-from influence_kit.reading.verdicts import referees_markdown, verdict_table_markdown
-
-
-def claim(id: str = "lift-large", low: float = 2.0, high: float = 3.0, **changes) -> Claim:
-    given = {"chapter": "04_abstraction", "claim": "meaning beats words", "paper": "theme at 52B", "unit": "ratio"}
-    given |= {"confirm_above": 1.0} | changes
-    return Claim.from_estimate(Estimate((low + high) / 2, low, high, 100, (0, 1, 2)), id=id, **given)
+UP, DOWN = over_seeds({1: 2.4, 2: 2.5, 3: 2.6}), over_seeds({1: -0.4, 2: -0.5, 3: -0.6})
 
 
-def test_markdown_table():
-    table = verdict_table_markdown(
-        [claim(paper=0.38, claim="a | b"), claim("gate", low=0.2, high=0.4, kind="gate", confirm_above=0.3)]
-    )
-    lines = table.splitlines()
-    assert lines[2] == (
-        "| 04_abstraction | gate: meaning beats words | theme at 52B | 0.30 [0.20, 0.40] ratio | 3 "
-        "| *undecided* (the interval reaches over the threshold) | – |"
-    )
-    assert lines[3] == "| 04_abstraction | a \\| b | 0.38 | 2.5 [2.0, 3.0] ratio | 3 | *confirmed* | – |"
+def rule(id: str = "04-grows", tier: str = "primary", **changes) -> Rule:
+    given = {"unit": "ratio", "paper": "theme at 52B", "confirm_above": 1, "delta": 0.5 if tier == "primary" else None}
+    given["referee"] = {"method": "retraining", "unit": "nats", "confirm_above": 0}
+    return Rule(id, "04_abstraction", tier, **({"claim": "meaning | beats words"} | given | changes))
 
 
-def test_fragile_claims_are_called_so():
-    assert "(fragile)" in verdict_table_markdown([claim(low=1.1, high=3.9)])
+def test_a_line_a_finding_and_the_checks_as_a_count():
+    checks = [judged(rule(f"04-{n}", "check"), made) for n, made in enumerate((UP, UP, DOWN))]
+    lines = verdict_table_markdown(
+        [*checks, judged(rule(), UP), judged(rule("04-same"), over_seeds({1: 1, 2: 1.1, 3: 1.2}))]
+    ).splitlines()
+    assert lines[2] == r"| 04 | meaning \| beats words | theme at 52B | **confirmed**: 2.50 [2.25, 2.75] ratio | – |"
+    assert "**no effect larger than 0.5**" in lines[3]
+    assert lines[-1] == "Checks: 2 of 3 passed; failed: 04-2 (-0.50 [-0.75, -0.25] ratio)."
+    assert checks_in_words([judged(rule(), UP)]) == ""
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "words"),
-    [
-        (1.2, 3.8, "agrees"),
-        (-3.8, -1.2, "**EK-FAC and it disagree**"),
-        (-1, 6, ", same side"),
-        (-6, 1, "**other side**"),
-    ],
-)
-def test_the_table_says_whether_a_referee_agrees(low, high, words):
-    by = claim("retraining", low=low, high=high, confirm_above=0)
-    assert words in verdict_table_markdown([claim("a").refereed("retraining", by)])
-
-
-def test_referees_in_words_say_both_numbers_and_whether_they_agree():
-    made = claim(id="lift", low=2, high=3)
-    agreed, denied = (
-        made.refereed("retraining", claim(id="by", low=low, high=low + 1, unit="nats")) for low in (5, -3)
-    )
-    unsure = made.refereed("one step", claim(id="by", low=0.9, high=3))
-    found = referees_markdown([agreed, claim(id="alone"), denied, unsure]).splitlines()
-    assert len(found) == 3 and all("“meaning beats words”: **confirmed** by influence (2.5" in line for line in found)
-    assert "**confirmed** by retraining (5.5" in found[0] and "nats); the two agree." in found[0]
-    assert "**refuted** by retraining" in found[1] and found[1].endswith("**the two disagree**.")
-    assert "undecided, their numbers lie on the same side" in found[2] and "by one step" in found[2]
-    assert referees_markdown([claim()]) == ""
+def test_a_line_says_what_retraining_says():
+    for made, word in ((UP, "agrees"), (DOWN, "**disagrees**"), (over_seeds({1: -1, 2: 0, 3: 2}), "undecided")):
+        claim = judged(rule(), UP, made)
+        assert f"| {word}: retraining" in verdict_table_markdown([claim])
+        assert referees_markdown([claim, judged(rule(), UP)]).count("\n") == 0
+    assert referees_markdown([judged(rule(), UP)]) == ""
