@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from influence_kit.errors import UserError
+from influence_kit.measures.intervals import SEED
 from influence_kit.reading import style as look
 from influence_kit.reading.style import size_label
 
@@ -61,6 +62,16 @@ def keys_of(df: pandas.DataFrame, column: str) -> list:
 def name_of(key: object) -> str:
     """Numbers as short sizes (1900000 -> 1.9M), names as they are."""
     return size_label(float(key)) if isinstance(key, int | float | numpy.number) else str(key)
+
+
+def each_seed(df: pandas.DataFrame, value: str, given: pandas.DataFrame | None = None) -> pandas.DataFrame | None:
+    """A row a seed, with its value in the column `value`, from a table's columns `seed_…` (`Estimate.row` writes them); None where
+    it has none. What is `given` goes first."""
+    seeds = [column for column in df.columns if str(column).startswith(SEED)]
+    if given is not None or not seeds:
+        return given
+    about = [column for column in df.columns if column not in (*seeds, value, "low", "high")]
+    return df.drop(columns=value).melt(about, seeds, "seed", value).dropna(subset=value)
 
 
 def draw_series(

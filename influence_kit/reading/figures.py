@@ -23,6 +23,7 @@ from influence_kit.reading.axes import (
     cut_at_zero,
     draw_references,
     draw_series,
+    each_seed,
     keys_of,
     label_axes,
     legend_below,
@@ -70,7 +71,7 @@ def estimate_points(
         log_x: The plain axis is logarithmic.
         log_y: The vertical axis is logarithmic.
         lines: Points of a series are joined.
-        per_seed: `x`, estimate and `hue`, a row a seed.
+        per_seed: `x`, estimate and `hue`, a row a seed; by default the table's columns `seed_…`.
         title: The finding's question.
     """
     need(df, x, "estimate", "low", "high", hue)
@@ -85,9 +86,9 @@ def estimate_points(
         return named.assign(_at=named[x].astype(float) * named["_series"].map(aside).astype(float))
 
     table, cut = cut_at_zero(df, "estimate") if log_y else (df, df[:0])
-    seeds = None
-    if per_seed is not None:  # beside the bar, or it would hide them
-        seeds = placed(per_seed)
+    seeds = each_seed(df, "estimate", per_seed)
+    if seeds is not None:  # beside the bar, or it would hide them
+        seeds = placed(seeds)
         seeds["_at"] *= 0.985 if sizes else 1.0
     draw_series(ax, placed(table), "_at", "estimate", hue="_series", colours=colours, joined=lines, per_seed=seeds)
     draw_references(ax, references)
@@ -127,7 +128,8 @@ def estimate_bars(
         log_x: The axis is logarithmic.
         hue: Column that colours the rows.
         palette: As in `colours_of`.
-        per_seed: estimate and all columns of `df` but low and high that tell its rows apart, a row a seed.
+        per_seed: estimate and all columns of `df` but low and high that tell its rows apart, a row a seed; by default the
+            columns `seed_…`.
         title: The finding's question.
     """
     need(df, "label", "estimate", "low", "high", hue)
@@ -135,11 +137,11 @@ def estimate_bars(
     series = keys_of(df, hue) if hue else [""]
     colours = colours_of(series, palette) if hue else {"": look.INK}
     rows = df.assign(_place=numpy.arange(len(df), dtype=float), _series=df[hue] if hue else "")
-    seeds = None
-    if per_seed is not None:
-        need(per_seed, "estimate")
-        told = [c for c in df.columns if c in per_seed.columns and c not in ("estimate", "low", "high")]
-        seeds = per_seed.merge(rows[[*told, "_place", "_series"]], on=told)
+    seeds = each_seed(df, "estimate", per_seed)
+    if seeds is not None:
+        need(seeds, "estimate")
+        told = [c for c in df.columns if c in seeds.columns and c not in ("estimate", "low", "high")]
+        seeds = seeds.merge(rows[[*told, "_place", "_series"]], on=told)
         seeds["_place"] += 0.22  # below the bar, or it would hide them
     table, cut = cut_at_zero(rows, "estimate") if log_x else (rows, rows[:0])
     draw_series(
@@ -191,7 +193,7 @@ def path_over_training(
         references: Name -> height of a grey line.
         log_x: The horizontal axis is logarithmic.
         log_y: The vertical axis is logarithmic.
-        per_seed: The same columns without low and high, a row a seed.
+        per_seed: The same columns without low and high, a row a seed; by default the columns `seed_…`.
         title: The finding's question.
 
     Raises:
@@ -208,7 +210,7 @@ def path_over_training(
     markers = look.MARKERS if few else ("",)
     draw_series(
         ax, table, x, value, hue=hue, colours=colours, split=split, lines=splits, markers=markers, band=not log_y,
-        per_seed=per_seed,
+        per_seed=each_seed(df, value, per_seed),
     )  # fmt: skip
     for name, line in splits.items():
         ax.plot([], [], line, color=look.FAINT, label=str(name))

@@ -147,6 +147,17 @@ def test_each_seed_is_a_dot_behind_its_mean():
         assert numpy.allclose(drawn, numpy.sort(seeds_of(table)["estimate"]))
 
 
+def test_the_seeds_of_a_table_are_drawn_without_being_asked_for():
+    from matplotlib.collections import PathCollection
+
+    table = bounded([{"label": "one", "estimate": 2.0}, {"label": "two", "estimate": 3.0}])
+    fig = figures.estimate_bars(
+        table.assign(interval="t over seeds", seed_11=[1.0, 2.5], seed_12=[3.0, numpy.nan]), xlabel="lift"
+    )
+    dots = next(found for found in fig.axes[0].collections if isinstance(found, PathCollection))
+    assert sorted(dots.get_offsets()[:, 0]) == [1.0, 2.5, 3.0]
+
+
 def test_on_a_log_axis_intervals_end_at_the_edge_and_say_so():
     table = pandas.DataFrame({"parameters": SIZES, "estimate": [1.0, 2, 3, 4], "low": [-1.0, 0, 1, 2], "high": 5.0})
     fig = figures.estimate_points(table, ylabel="work", log_y=True)
