@@ -18,6 +18,7 @@ from influence_kit.runner.machine import repository, say
 from influence_kit.runner.scheduler import RunFailed
 
 # Options that take several values: `--only 03 05` means `--only 03 --only 05`.
+MOST_SEEDS = 1000  # of one range
 SEVERAL = ("--only", "--seeds", "--force")
 INTERRUPTED = 130
 NO_TEXT = "INFLUENCE_KIT_WITHOUT_REAL_TEXT"  # read by chapters too
@@ -31,7 +32,9 @@ app = typer.Typer(
 )
 Profile = Annotated[str, typer.Option(help="smoke, laptop, gpu, hub, or the path of a YAML file.")]
 Only = Annotated[list[str], typer.Option(metavar="CHAPTER…", help="These chapters: 03, or 03_heavy_tails.")]
-Seeds = Annotated[list[str], typer.Option(metavar="SEED…", help="These seeds instead of the profile's: 0,1,2.")]
+Seeds = Annotated[
+    list[str], typer.Option(metavar="SEED…", help="These seeds instead of the profile's: 0,1,2 or 21-28.")
+]
 ShowPlan = Annotated[
     bool, typer.Option("--plan", help="Show the cost and do nothing; with --sequences, of that size (scale --help).")
 ]
@@ -64,10 +67,20 @@ def select(wanted: Sequence[str], chapters: Sequence[str]) -> list[str]:
 
 
 def _seeds(words: Sequence[str]) -> list[int] | None:
-    try:
-        return [int(word) for word in words] or None
-    except ValueError:
-        raise UserError(f"--seeds takes whole numbers (0,1,2), not {' '.join(words)!r}") from None
+    """Seeds in the order given, ranges (21-28) with both ends, each one once. Raises UserError for what is neither."""
+    seeds: list[int] = []
+    for word in words:
+        first, _, last = word.partition("-")
+        if (
+            not (first.isdecimal() and (last or first).isdecimal())
+            or word.endswith("-")
+            or int(last or first) < int(first)
+        ):
+            raise UserError(f"--seeds takes whole numbers and ranges of them (0,1,2 or 21-28), not {word!r}")
+        if int(last or first) - int(first) >= MOST_SEEDS:
+            raise UserError(f"--seeds {word} are more than {MOST_SEEDS} seeds: give a shorter range")
+        seeds += range(int(first), int(last or first) + 1)
+    return list(dict.fromkeys(seeds)) or None
 
 
 def _assignments(words: Sequence[str]) -> dict[str, str]:

@@ -140,6 +140,9 @@ def test_chapters_are_found_by_number_or_name():
             "--update-expected keeps the tables of a profile's plain run: leave out",
         ),
         (["run", "--seeds", "one"], "--seeds takes whole numbers"),
+        (["run", "--seeds", "28-21"], "--seeds takes whole numbers and ranges of them (0,1,2 or 21-28), not '28-21'"),
+        (["run", "--seeds", "21-"], "not '21-'"),
+        (["run", "--seeds", "0-9999999999"], "more than 1000 seeds"),
         (["run", "--force", "modle"], "--force knows no 'modle'; it takes all, chapter, number, "),
         (["run", "--jobs", "0"], "--jobs"),
         (["run", "--force", ""], "an option of --only, --seeds or --force is empty: give it a value"),
@@ -235,6 +238,7 @@ def test_what_is_changed_goes_to_a_folder_of_its_own_and_is_said(kit, capfd, mon
 
     assert main([*words, "--seeds", "1", "2"]) == 0
     assert (kit / "figures" / "runs" / "smoke-seeds-1-2" / "02_more.png").exists()
+    assert cli._seeds(["1-2", "2", "7"]) == [1, 2, 7]  # one listed twice counts once
     assert main([*words, "--without-real-text"]) == 0
     assert (kit / "figures" / "runs" / "smoke-no-real_text" / "02_more.png").exists()
     assert lying(kit / "figures" / "smoke") == plain

@@ -17,12 +17,16 @@ def fixed_claims() -> dict[str, Rule]:
     """The rule of every claim by its id.
 
     Raises:
-        UserError: an entry with parts that a rule does not have, or without those that it needs.
+        UserError: the file is no YAML; an entry has parts that a rule does not have, or lacks those that it needs.
     """
     import yaml
 
     found = {}
-    for id, entry in yaml.safe_load(PATH.read_text(encoding="utf-8")).items():
+    try:
+        entries = yaml.safe_load(PATH.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{PATH} is not YAML that can be read: {' '.join(str(error).split())}") from error
+    for id, entry in entries.items():
         try:
             found[id] = Rule(id, **entry)
         except TypeError as error:

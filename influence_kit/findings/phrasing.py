@@ -17,8 +17,8 @@ def interval(claim: Claim, spec: str = ".2f") -> str:
 
 
 def verdict(claim: Claim) -> str:
-    """What became of a claim, and why it is undecided if it is: `**undecided** (<3 seeds)`."""
-    return f"**{claim.status}**" + (f" ({claim.reason})" if claim.reason else "")
+    """What became of a claim, and why it is undecided if it is: `**undecided** (fewer than 3 seeds)`."""
+    return f"**{claim.verdict}**" + (f" ({claim.reason})" if claim.reason else "")
 
 
 def said(claim: Claim, spec: str = ".3f") -> str:

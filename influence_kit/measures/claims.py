@@ -41,6 +41,7 @@ class Rule:
         chapter: Stem of the notebook that may conclude it.
         tier: "primary" or "check" ("exploratory" has no rule in the file).
         claim: The sentence that is tested.
+        short: What a line of a table calls it; of primary claims alone.
         unit: What its number is in.
         paper: The paper's number or words.
         confirm_above: The whole interval must lie above this; or below `confirm_below`.
@@ -57,6 +58,7 @@ class Rule:
     claim: str
     unit: str = ""
     paper: str = ""
+    short: str = ""
     confirm_above: float | None = None
     confirm_below: float | None = None
     delta: float | None = None
@@ -112,7 +114,7 @@ class Claim:
     """A claim of a chapter, judged.
 
     Attributes:
-        id, chapter, claim, tier, paper, unit, delta: Of its `Rule`.
+        id, chapter, claim, tier, paper, unit, delta, short: Of its `Rule`.
         measured: Our number, in `unit`.
         interval: Its ends.
         seeds: Labels of the seeds used.
@@ -142,6 +144,7 @@ class Claim:
     side: str
     delta: float | None
     status: str
+    short: str = ""
     reason: str = ""
     p: float = math.nan
     holm: float = math.nan
@@ -199,6 +202,7 @@ def judged(
         side=rule.side,
         delta=rule.delta,
         status=status,
+        short=rule.short,
         reason=reason,
         p=_p(rule, estimate, status) if not reason or reason == OVER else math.nan,
     )

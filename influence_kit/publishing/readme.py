@@ -12,8 +12,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from influence_kit.errors import UserError
-from influence_kit.measures.claims import merge, read_verdicts
-from influence_kit.publishing.results import claims_of, keep_other_seeds, publish
+from influence_kit.publishing.results import claims_of, keep_other_seeds, publish, replicated, unconcluded
 from influence_kit.publishing.runs import read_object
 from influence_kit.reading.verdicts import verdict_table_markdown
 from influence_kit.runner.live import clock
@@ -29,13 +28,15 @@ WHAT = {
 
 
 def verdicts(folder: Path) -> str:
-    """A row a finding: the paper, here, retraining; the checks as a count; how figures compare with what is expected."""
-    claims = merge(*claims_of(folder).values())
-    states = Counter(figure["status"] for figure in read_verdicts(folder / "verdicts.json")[1])
+    """A row a finding: the paper, here, retraining; below it checks, other seeds, since when rules are fixed, how figures compare."""
+    claims = [claim for made in claims_of(folder).values() for claim in made]
+    content = read_object(folder / "verdicts.json")
+    states = Counter(figure["status"] for figure in content["figures"])
     told = ", ".join(f"{count} {status}" for status, count in sorted(states.items()))
-    since = read_object(folder / "verdicts.json").get("rules_since", "not committed")
-    fixed = f"Rules fixed beforehand: [claims.yaml](influence_kit/findings/claims.yaml), {since}."
-    return f"{verdict_table_markdown(claims)}\n{fixed} Figures: {told}.\n"
+    fixed = f"[fixed beforehand](influence_kit/findings/claims.yaml) ({content.get('rules_since', 'not committed')})"
+    more = " ".join([*unconcluded(claims), *replicated(claims, folder)])
+    about = f"Rules, units and the smallest effect worth speaking of: {fixed}; values by seed: [verdicts.json](figures/{folder.name}/verdicts.json)."
+    return f"{verdict_table_markdown(claims)}{more}\n\n{about} Figures: {told}.\n"
 
 
 def times(folder: Path) -> str:
@@ -97,7 +98,7 @@ def main() -> None:
     if asked.other_seeds:
         confirmed, stay = keep_other_seeds(folder, asked.other_seeds)
         publish(folder, [])
-        print(f"{stay} of {confirmed} claims that are confirmed stay so on the other seeds")
+        print(f"{stay} of {confirmed} confirmed findings are confirmed again on the other seeds")
     path = root / "README.md"
     path.write_text(fill(path.read_text(), {"verdicts": verdicts(folder), "times": times(folder)}))
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from influence_kit.errors import UserError, first_line
 from influence_kit.files import sha256, whole
-from influence_kit.findings.fixed import fixed_since
-from influence_kit.measures.claims import NO_EFFECT, with_holm
+from influence_kit.findings.fixed import fixed_claims, fixed_since
+from influence_kit.measures.claims import with_holm
 from influence_kit.publishing.runs import check_claims, read_object, read_provenance
-from influence_kit.reading.verdicts import checks_in_words
+from influence_kit.reading.verdicts import in_sum, verdict_lines
 from influence_kit.runner.stages import Stage, record
 
 if TYPE_CHECKING:
@@ -152,8 +152,8 @@ def claims_of(folder: Path) -> dict[str, list["Claim"]]:
 
 
 def keep_other_seeds(folder: Path, run: Path) -> tuple[int, int]:
-    """Keep what another run, of other seeds, says of claims, gates and controls in `folder`, in its other_seeds.json; chapters that the other
-    run lacks keep what is there. Returns how many of those confirmed here it has, and how many it confirms.
+    """Keep what another run, of other seeds, says of the claims in `folder`, in its other_seeds.json; chapters that the other run lacks keep
+    what is there. Returns how many primary claims confirmed here it has, and how many of them it confirms.
 
     Raises UserError where the other run has no claims, or the same seeds.
     """
@@ -174,30 +174,45 @@ def keep_other_seeds(folder: Path, run: Path) -> tuple[int, int]:
         if math.isfinite(claim.measured)
     }
     write_json(folder / OTHER_SEEDS, read_object(folder / OTHER_SEEDS) | rows)
-    both = [claim for claim in there if here[claim.id].status == "confirmed"]
+    both = [claim for claim in there if here[claim.id].status == "confirmed" and claim.tier == "primary"]
     return len(both), sum(claim.status == "confirmed" for claim in both)
 
 
 def closing_screen(claims: Iterable["Claim"], figures: Iterable[dict], folder: Path) -> str:
     """What a run ends with in a terminal: a line a finding, the checks as a count, how figures compare, and where the rest is."""
     claims, figures = list(claims), list(figures)
-    width = max(shutil.get_terminal_size((120, 24)).columns, 60)
-    lines = []
-    for claim in (claim for claim in claims if claim.tier == "primary"):
-        low, high = claim.interval
-        told = f"{claim.measured:.2g} [{low:.2g}, {high:.2g}]"
-        room = width - len(told) - 31
-        sentence = claim.claim if len(claim.claim) <= room else claim.claim[: room - 1] + "…"
-        lines.append(f"{claim.chapter[:2]}  {claim.verdict:<25}{sentence}  {told}")
-    judged = Counter(
-        claim.verdict if claim.status != NO_EFFECT else "without effect" for claim in claims if claim.tier == "primary"
-    )
-    told = ", ".join(f"{count} {status}" for status, count in judged.most_common())
-    lines.append(f"{sum(judged.values())} findings: {told or 'none'}")
-    lines.append(checks_in_words(claims).strip() or "Checks: none")
+    width = max(shutil.get_terminal_size((140, 24)).columns, 60)
     states = Counter(figure["status"] for figure in figures)
     told = ", ".join(f"{states[status]} {status}" for status in ("reproduced", "differs", "new") if states[status])
     differing = ", ".join(figure["name"] for figure in figures if figure["status"] == "differs")
-    lines.append(f"figures: {told or 'none'}" + (f" ({differing})" if differing else ""))
-    lines.append(f"every verdict with its interval, rule and referee: {folder / 'verdicts.json'}")
+    lines = [
+        *verdict_lines(claims, width),
+        *in_sum(claims),
+        *unconcluded(claims),
+        *replicated(claims, folder),
+        f"figures: {told or 'none'}" + (f" ({differing})" if differing else ""),
+        f"every verdict with its interval, rule and values by seed: {folder / 'verdicts.json'}; rules fixed {fixed_since()}",
+    ]
     return "\n".join(lines)
+
+
+def unconcluded(claims: Iterable["Claim"]) -> list[str]:
+    """A line that names the claims of these chapters that the file of rules has and the run did not conclude, if any."""
+    claims = list(claims)
+    chapters, made = {claim.chapter for claim in claims}, {claim.id for claim in claims}
+    missing = [id for id, rule in fixed_claims().items() if rule.chapter in chapters and id not in made]
+    return [f"Not concluded: {', '.join(missing)}."] if missing else []
+
+
+def replicated(claims: Iterable["Claim"], folder: Path) -> list[str]:
+    """A line that says what other seeds made of the primary claims that are confirmed here, if any were run."""
+    other = read_object(folder / OTHER_SEEDS)
+    both = [claim for claim in claims if claim.status == "confirmed" and claim.tier == "primary" and claim.id in other]
+    if not both:
+        return []
+    seeds = sorted({seed for claim in both for seed in other[claim.id]["seeds"]})
+    not_again = [
+        f"{claim.id} {other[claim.id]['status']}" for claim in both if other[claim.id]["status"] != "confirmed"
+    ]
+    told = f"Seeds {', '.join(map(str, seeds))}, run afterwards: {len(both) - len(not_again)} of {len(both)} confirmed again"
+    return [told + (f"; {', '.join(not_again)}." if not_again else ".")]

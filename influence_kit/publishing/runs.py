@@ -31,6 +31,7 @@ class Run:
     changed: Mapping[str, object]
     began: float = field(default_factory=time.monotonic)
     commit: str | None = field(default_factory=commit)
+    load: float | None = field(default_factory=lambda: _load())
 
     @property
     def folder(self) -> Path:
@@ -66,18 +67,27 @@ class Run:
         check_claims(self.folder, chapters)
 
     def write(self, made: int, stages: int, chapters: Collection[str]) -> None:
-        """Keep in run.json what the run took as a whole: commit, seconds, cores, stages made of all it needs, chapters."""
+        """Keep in run.json what the run took as a whole: commit, seconds, cores, the machine's load, stages made of all it needs, chapters."""
         about = {
             "commit": self.commit and self.commit.removesuffix("+changes"),
             "dirty": self.commit is None or self.commit.endswith("+changes"),
             "seconds": round(time.monotonic() - self.began, 1),
             "cores": cores(),
+            "load": {"before": self.load, "after": _load()},  # processes that ran or waited, over the last minute
             "stages_made": made,
             "stages": stages,
             "chapters": sorted(chapters),
             "changed": dict(self.changed),
         }
         write_whole(self.folder / "run.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+
+
+def _load() -> float | None:
+    """The machine's load average of the last minute; None where it has none."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (AttributeError, OSError):
+        return None
 
 
 def _named(changed: Mapping[str, object]) -> str:

@@ -1,4 +1,4 @@
-"""Claims as a reader sees them: the verdict table, a line a finding, and what was checked, in Markdown."""
+"""Claims as a reader sees them: a line a finding with the paper, here and what retraining says; the checks as a count."""
 
 from __future__ import annotations
 
@@ -11,30 +11,54 @@ if TYPE_CHECKING:
     from influence_kit.measures.claims import Claim, Referee
 
 HEADER = ("", "finding", "the paper", "here", "retraining")
+LEVEL = 0.05  # of Holm's correction
 
 
 def verdict_table_markdown(claims: Iterable[Claim]) -> str:
-    """The verdict table as GitHub Markdown: one line a primary claim, by id; the checks as a count."""
-    claims = sorted(claims, key=lambda claim: (claim.chapter, claim.id))
+    """The verdict table as GitHub Markdown, one line a primary claim, and below it what `in_sum` says."""
+    claims = sorted(claims, key=lambda claim: claim.chapter)
+    rows = [(claim.chapter[:2], *_parts(claim, "**")) for claim in claims if claim.tier == "primary"]
+    table = [HEADER, ("---",) * len(HEADER), *rows] if rows else []
+    lines = "".join(f"| {' | '.join(map(_cell, row))} |\n" for row in table)
+    return "\n".join(part for part in (lines, "".join(f"{line}\n" for line in in_sum(claims))) if part)
+
+
+def verdict_lines(claims: Iterable[Claim], width: int) -> list[str]:
+    """The same for a terminal: each line at most `width` characters; what does not fit is the end of the paper's words."""
+    rows = [(claim.chapter[:2], *_parts(claim)) for claim in claims if claim.tier == "primary"]
+    rows = [(chapter, finding, here, referee, paper) for chapter, finding, paper, here, referee in rows]
+    if not rows:
+        return []
+    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(part.ljust(room) for part, room in zip(row, wide, strict=True)).rstrip() for row in rows]
+    return [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
+
+
+def in_sum(claims: Iterable[Claim]) -> list[str]:
+    """What stands below a verdict table: how many came out how, what Holm's correction leaves, the checks with those that failed."""
+    claims = list(claims)
     primary = [claim for claim in claims if claim.tier == "primary"]
-    rows = [HEADER, ("---",) * len(HEADER)] if primary else []
-    for claim in primary:
-        verdict = f"**{claim.verdict}**" + (f" ({claim.reason})" if claim.reason else "")
-        rows.append((claim.chapter[:2], claim.claim, claim.paper, f"{verdict}: {number(claim)}", asked(claim)))
-    table = "".join(f"| {' | '.join(map(_cell, row))} |\n" for row in rows)
-    return "\n".join(part for part in (table, checks_in_words(claims)) if part)
-
-
-def checks_in_words(claims: Iterable[Claim]) -> str:
-    """How many checks passed, and each one that failed; empty where there is none."""
-    checks = [claim for claim in claims if claim.tier == "check"]
-    failed = [claim for claim in checks if claim.status == "failed"]
-    told = "; ".join(f"{claim.id} ({claim.reason or number(claim)})" for claim in failed)
-    return (
-        f"Checks: {len(checks) - len(failed)} of {len(checks)} passed" + (f"; failed: {told}.\n" if told else ".\n")
-        if checks
-        else ""
-    )
+    lines = []
+    if primary:
+        counts: dict[str, int] = {}
+        for claim in primary:
+            counts[claim.status] = counts.get(claim.status, 0) + 1
+        told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items(), key=lambda item: -item[1]))
+        decided = [claim for claim in primary if claim.status != "undecided"]
+        lost = [claim.id for claim in decided if claim.holm > LEVEL]
+        kept = "all decided ones stand" if not lost else f"all decided ones but {', '.join(lost)} stand"
+        corrected = any(claim.holm == claim.holm for claim in primary)  # a single chapter knows nothing of the others
+        lines.append(
+            f"{len(primary)} findings: {told}"
+            + (f"; under Holm's correction {kept}." if corrected and decided else ".")
+        )
+    if checks := [claim for claim in claims if claim.tier == "check"]:
+        failed = [claim for claim in checks if claim.status == "failed"]
+        told = "; ".join(f"{claim.id} ({claim.reason or number(claim)})" for claim in failed)
+        lines.append(
+            f"Checks: {len(checks) - len(failed)} of {len(checks)} passed" + (f"; failed: {told}." if told else ".")
+        )
+    return lines
 
 
 def number(said: Claim | Referee) -> str:
@@ -42,22 +66,25 @@ def number(said: Claim | Referee) -> str:
     return f"{Estimate(said.measured, *said.interval, 0)} {said.unit}".strip()
 
 
-def asked(claim: Claim) -> str:
-    """The referee's cell of a table: whether it agrees, and its number."""
-    if (by := claim.referee) is None:
-        return "–"
-    agrees = "**disagrees**" if by.agreement == "disagrees" else by.agreement
-    return f"{agrees}: {by.method} {number(by)}"
-
-
 def referees_markdown(claims: Iterable[Claim]) -> str:
-    """The claims that have a referee, a sentence each."""
-    told = [
-        f"- {claim.claim}: **{claim.verdict}** by influence ({number(claim)}); {asked(claim)}."
-        for claim in claims
-        if claim.referee
-    ]
-    return "\n".join(told)
+    """The claims that have a referee, a sentence each with both numbers."""
+    lines = []
+    for claim in claims:
+        if (by := claim.referee) is not None:
+            agrees = "**disagrees**" if by.agreement == "disagrees" else f"{by.agreement}"
+            lines.append(
+                f"- {claim.claim}: **{claim.verdict}** ({number(claim)}); {by.method} {agrees} ({number(by)})."
+            )
+    return "\n".join(lines)
+
+
+def _parts(claim: Claim, strong: str = "") -> tuple[str, str, str, str]:
+    """Finding, paper, here and referee of a line."""
+    verdict = f"no effect > {claim.delta:g}" if claim.status.startswith("no ") else claim.status
+    here = f"{strong}{verdict}{strong} {Estimate(claim.measured, *claim.interval, 0)}"
+    by = claim.referee
+    asked = "–" if by is None else f"{by.method}: {by.agreement}" if by.method != "retraining" else by.agreement
+    return claim.short or claim.claim, claim.paper, here, asked
 
 
 def _cell(text: object) -> str:

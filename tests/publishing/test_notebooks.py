@@ -112,8 +112,8 @@ def test_a_chapter_is_executed_cached_normalised_and_published(tmp_path, monkeyp
     assert provenance[chapter.fingerprint]["stages"] == [below.fingerprint]
     assert {"commit", "host", "wall_seconds", "peak_memory_bytes", "versions"} <= set(provenance[below.fingerprint])
     screen = closing_screen(claims, judged, figures).splitlines()
-    assert screen[0].split("  ") == ["01", "confirmed", *[""] * 7, "It grows", "2 [1.5, 2.5]"]
-    assert screen[1:4] == ["1 findings: 1 confirmed", "Checks: none", "figures: 1 new"]
+    assert screen[0].split() == "01 It grows confirmed 2.0 [1.5, 2.5] – 2 per step".split()
+    assert screen[1:3] == ["1 findings: 1 confirmed.", "figures: 1 new"] and "verdicts.json" in screen[3]
 
     _, judged = publish(figures, [chapter], update_expected=True)
     assert judged == [{"name": "growth", "status": "reproduced"}]
@@ -379,13 +379,24 @@ def other_run(folder, status, seeds=(101, 102, 103)):
 
 
 def test_what_other_seeds_say_of_the_same_claims_is_kept(tmp_path):
-    from influence_kit.publishing.results import keep_other_seeds
+    from influence_kit.publishing.results import claims_of, keep_other_seeds
 
     here = other_run(tmp_path / "here", "confirmed", (11, 12, 13))
     assert keep_other_seeds(here, other_run(tmp_path / "same", "confirmed")) == (1, 1)
     assert keep_other_seeds(here, other_run(tmp_path / "other", "refuted")) == (1, 0)
     kept = json.loads((here / "other_seeds.json").read_text())["grows"]
     assert kept["status"] == "refuted" and kept["seeds"] == [101, 102, 103]
+    told = "Seeds 101, 102, 103, run afterwards: 0 of 1 confirmed again; grows refuted."
+    assert told in closing_screen(claims_of(here)["01_growth"], [], here)
+
+
+def test_claims_of_a_chapter_that_it_did_not_conclude_are_named(tmp_path):
+    from influence_kit.findings.fixed import fixed_claims
+    from influence_kit.publishing.results import unconcluded
+
+    rules = [rule for rule in fixed_claims().values() if rule.chapter == "03_heavy_tails"]
+    made = [judged(rule, over_seeds({})) for rule in rules]
+    assert unconcluded(made) == [] and unconcluded(made[1:]) == [f"Not concluded: {rules[0].id}."]
 
 
 def test_other_seeds_must_be_others_and_have_the_claims(tmp_path):
