@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -79,7 +79,7 @@ def measured(rows: pandas.DataFrame, by: Sequence[str], column: str, **options) 
     import pandas
 
     lines = [estimate_of(part, column, **options).row(**dict(zip(by, key))) for key, part in rows.groupby(list(by))]
-    return pandas.DataFrame(lines).rename(columns={"estimate": column})
+    return pandas.DataFrame(lines)
 
 
 def curves(runs: Sequence[Trained]) -> pandas.DataFrame:
@@ -100,12 +100,12 @@ def curves(runs: Sequence[Trained]) -> pandas.DataFrame:
     return table.assign(tokens=table["share"] * table["model"].map(tokens))
 
 
-def statements(worlds: Iterable[World]) -> pandas.DataFrame:
-    """How often the facts of Atlas's queries are stated, sorted: mean and range of the seeds by rank."""
+def statements(worlds: Mapping[int, World]) -> pandas.DataFrame:
+    """How often the facts of Atlas's queries are stated in the world of each seed, sorted, by rank."""
     import pandas
 
     rows = []
-    for world in worlds:
+    for seed, world in worlds.items():
         asked = pick(world.queries.drop_columns(["input_ids", "loss_mask"]).to_pandas(), kind="fact")
         both = asked["availability"] == "both"
         series = {
@@ -115,9 +115,8 @@ def statements(worlds: Iterable[World]) -> pandas.DataFrame:
         }
         for name, counts in series.items():
             ranked = {"series": name, "rank": np.arange(1, len(counts) + 1), "statements": np.sort(counts)[::-1]}
-            rows.append(pandas.DataFrame(ranked))
-    table = pandas.concat(rows).groupby(["series", "rank"], sort=False)["statements"].agg(["mean", "min", "max"])
-    return table.reset_index().rename(columns={"mean": "estimate", "min": "low", "max": "high"})
+            rows.append(pandas.DataFrame(ranked).assign(seed=seed))
+    return measured(pandas.concat(rows), ["series", "rank"], "statements", bounds=(0, np.inf))
 
 
 def documents(world: World, examples: int) -> pandas.DataFrame:

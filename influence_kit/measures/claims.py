@@ -25,7 +25,7 @@ NO_EFFECT = "no effect larger than δ"
 STATUSES = {
     "primary": ("confirmed", "refuted", NO_EFFECT, "undecided"),
     "check": ("passed", "failed"),
-    "exploratory": ("confirmed", "refuted", "undecided"),
+    "exploratory": ("confirmed", "refuted", NO_EFFECT, "undecided"),
 }
 FIGURE_STATUSES = ("reproduced", "differs", "new")
 FEWEST_SEEDS = 3
@@ -46,7 +46,7 @@ class Rule:
         paper: The paper's number or words.
         confirm_above: The whole interval must lie above this; or below `confirm_below`.
         delta: The smallest effect worth speaking of; of primary claims alone.
-        referee: What another method is asked: `method`, `unit`, and `confirm_above` or `confirm_below`.
+        referee: What another method is asked: `method`, `unit`, `confirm_above` or `confirm_below`, and `delta` if it has one.
 
     Raises:
         UserError: an unknown tier, no threshold, or a primary claim without its δ.
@@ -69,9 +69,9 @@ class Rule:
             raise UserError(f"Claim {self.id!r} has tier {self.tier!r}; use one of {', '.join(STATUSES)}.")
         if self.confirm_above is None and self.confirm_below is None:
             raise UserError(f"Claim {self.id!r} needs confirm_above or confirm_below.")
-        if (self.tier == "primary") != bool(self.delta):
+        if self.tier != "exploratory" and (self.tier == "primary") != bool(self.delta):
             raise UserError(
-                f"Claim {self.id!r} is {self.tier} and has delta {self.delta}; primary claims alone have one."
+                f"Claim {self.id!r} is {self.tier} and has delta {self.delta}; primary claims have one, checks none."
             )
 
     @property
@@ -95,8 +95,7 @@ class Referee:
         interval: The ends of its interval.
         unit: What both are in.
         status: What becomes of the claim by its number.
-        agreement: "agrees" where it comes out as the claim does, "disagrees" where one is confirmed and the other is not,
-            "undecided" where either is.
+        agreement: "agrees" where both are confirmed or neither is, "disagrees" where one of them is, "undecided" where either is.
         per_seed: Its value within each seed.
     """
 
@@ -215,7 +214,8 @@ def judged(
         other = Rule(f"{rule.id} by {rule.referee['method']}", rule.chapter, "exploratory", rule.claim, **asked)
         referee = judged(other, referee)
     said = {made.status, referee.status}
-    agreement = "undecided" if "undecided" in said else "agrees" if len(said) == 1 else "disagrees"
+    same = (made.status == "confirmed") == (referee.status in ("confirmed", "passed"))
+    agreement = "undecided" if "undecided" in said else "agrees" if same else "disagrees"
     method, per_seed = rule.referee.get("method", referee.claim), referee.per_seed
     asked_of = (referee.measured, referee.interval, referee.unit, referee.status)
     return replace(made, referee=Referee(method, *asked_of, agreement, per_seed))

@@ -54,7 +54,9 @@ def in_sum(claims: Iterable[Claim]) -> list[str]:
         )
     if checks := [claim for claim in claims if claim.tier == "check"]:
         failed = [claim for claim in checks if claim.status == "failed"]
-        told = "; ".join(f"{claim.id} ({claim.reason or number(claim)})" for claim in failed)
+        told = "; ".join(
+            f"{claim.id} ({number(claim) if claim.measured == claim.measured else claim.reason})" for claim in failed
+        )
         lines.append(
             f"Checks: {len(checks) - len(failed)} of {len(checks)} passed" + (f"; failed: {told}." if told else ".")
         )

@@ -11,7 +11,10 @@ import pandas
 import pytest
 
 from influence_kit.findings.discovery import chapter_names
+from influence_kit.findings.fixed import fixed_claims
+from influence_kit.measures.claims import STATUSES
 from influence_kit.packages import available
+from tests.publishing.test_tables import wrong_tables
 
 CHAPTERS = chapter_names()
 
@@ -53,18 +56,21 @@ def test_chapter_runs_and_shows_its_verdict_figures_and_sequences(first, verdict
     assert "<span" in html or (
         chapter == "01_worlds_and_models" and "<table" in html
     )  # a token card, or documents in a table
-    assert any(word in str(notebook.cells[:8]) for word in ("confirmed", "refuted", "undecided"))
-    assert [claim for claim in verdicts["claims"] if claim["chapter"] == chapter]
+    rules = {id for id, rule in fixed_claims().items() if rule.chapter == chapter}
+    concluded = {claim["id"] for claim in verdicts["claims"] if claim["chapter"] == chapter}
+    assert concluded == rules or (available() and concluded < rules)  # without real text some cannot be asked
 
 
 def test_verdicts_have_their_promised_form(verdicts):
-    assert len({claim["id"] for claim in verdicts["claims"]}) == len(verdicts["claims"]) >= 10
+    assert len({claim["id"] for claim in verdicts["claims"]}) == len(verdicts["claims"]) >= 18
+    parts = (
+        "id chapter claim tier paper measured interval unit seeds per_seed threshold delta status holm referee sentence"
+    )
     for claim in verdicts["claims"]:
-        assert {"id", "chapter", "claim", "paper", "measured", "interval", "status"} <= set(claim)
-        assert claim["chapter"] in CHAPTERS and claim["status"] in ("confirmed", "refuted", "undecided")
-        assert len(claim["interval"]) == 2
-        if claim["kind"] == "claim":  # one seed supports no claim
-            assert claim["status"] == "undecided"
+        assert set(parts.split()) <= set(claim) and claim["chapter"] in CHAPTERS and len(claim["interval"]) == 2
+        assert claim["status"] in STATUSES[claim["tier"]] and set(claim["per_seed"]) == set(map(str, claim["seeds"]))
+        if claim["tier"] == "primary":  # one seed decides nothing
+            assert claim["status"] == "undecided" and claim["delta"] > 0
     assert verdicts["figures"] and all(set(figure) >= {"name", "status"} for figure in verdicts["figures"])
 
 
@@ -79,6 +85,10 @@ def test_every_figure_has_its_four_files_with_provenance(verdicts):
         assert about["profile"] == "smoke" and about["seeds"] == [11] and about["stages"]
         assert len(pandas.read_csv(files["csv"])) == len(pandas.read_parquet(files["parquet"]))
         assert "<desc>" in files["svg"].read_text()
+
+
+def test_estimates_follow_from_their_seeds(first):
+    assert wrong_tables(FIGURES) == {}
 
 
 def test_second_run_makes_nothing_and_changes_no_byte(first):
