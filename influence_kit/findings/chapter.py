@@ -159,6 +159,6 @@ class Chapter:
         """The chapter's verdict table, for the end of a notebook."""
         from IPython.display import Markdown
 
-        from influence_kit.reading.verdicts import verdict_table_markdown
+        from influence_kit.reading.verdicts import chapter_table_markdown
 
-        return Markdown(verdict_table_markdown(self.claims))
+        return Markdown(chapter_table_markdown(claim for claim in self.claims if claim.tier != "exploratory"))

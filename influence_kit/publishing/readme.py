@@ -40,7 +40,7 @@ def verdicts(folder: Path) -> str:
 
 
 def times(folder: Path) -> str:
-    """Wall time and peak memory by kind of stage, from provenance.json."""
+    """What the whole run took, from run.json; wall time and peak memory by kind of stage, from provenance.json."""
     known = json.loads((folder / "provenance.json").read_text())
     kinds: dict[str, list[dict]] = defaultdict(list)
     for entry in known.values():
@@ -54,7 +54,19 @@ def times(folder: Path) -> str:
             memory = max(entry["peak_memory_bytes"] for entry in found) / 1e9
             rows.append(f"| {what} | {len(found)} | {seconds:,.0f} | {memory:.1f} GB |")
     total = sum(entry["wall_seconds"] for entry in known.values())
-    return "\n".join(rows) + f"\n\nSummed over stages: {clock(total)}; two ran at a time.\n\n{times_alone(known)}"
+    told = f"Summed over stages: {clock(total)}, two at a time. {whole_run(read_object(folder / 'run.json'))}".strip()
+    return "\n".join(rows) + f"\n\n{told}\n\n{times_alone(known)}"
+
+
+def whole_run(about: dict) -> str:
+    """A sentence on what a run took as a whole, on which machine, of which commit; empty where none is kept."""
+    if not about:
+        return ""
+    load = about.get("load", {}).get("before")
+    busy = "" if load is None else f" (load {load:g} when it began)"
+    of = f"commit {about['commit'][:7]}{' and changes' * about['dirty']}" if about["commit"] else "no commit"
+    made = f"{about['stages_made']} of {about['stages']} stages made"
+    return f"The whole run: {clock(about['seconds'])} on {about['cores']} cores{busy}, {made}, {of}."
 
 
 def times_alone(known: dict[str, dict]) -> str:

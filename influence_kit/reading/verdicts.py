@@ -23,6 +23,22 @@ def verdict_table_markdown(claims: Iterable[Claim]) -> str:
     return "\n".join(part for part in (lines, "".join(f"{line}\n" for line in in_sum(claims))) if part)
 
 
+def chapter_table_markdown(claims: Iterable[Claim]) -> str:
+    """A chapter's own table, primary claims first: the sentence, its rule, the number in its unit, the verdict, the referee."""
+    head = ("claim", "the paper", "rule fixed beforehand", "here", "verdict", "referee")
+    rows = [head, ("---",) * len(head)]
+    for claim in sorted(claims, key=lambda claim: claim.tier != "primary"):
+        rule = f"{claim.side} {claim.threshold:g}" + (
+            f"; within ± {claim.delta:g} of it: no effect" if claim.delta else ""
+        )
+        here = f"{number(claim)}, {len(claim.seeds)} seeds"
+        verdict = f"**{claim.verdict}**" + (f" ({claim.reason})" if claim.reason else "")
+        by = claim.referee
+        asked = "–" if by is None else f"{by.method} {by.agreement}: {number(by)}"
+        rows.append((claim.claim, claim.paper or "–", rule, here, verdict, asked))
+    return "".join(f"| {' | '.join(map(_cell, row))} |\n" for row in rows)
+
+
 def verdict_lines(claims: Iterable[Claim], width: int) -> list[str]:
     """The same for a terminal: each line at most `width` characters; what does not fit is the end of the paper's words."""
     rows = [(claim.chapter[:2], *_parts(claim)) for claim in claims if claim.tier == "primary"]

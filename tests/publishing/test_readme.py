@@ -44,6 +44,15 @@ def test_time_alone_is_half_of_the_stages_and_the_chapter_itself():
     assert readme.times_alone(known).splitlines()[2:] == ["| 03_y | 3 | 2:00 | 1:10 | 0:30 |"]
 
 
+def test_the_whole_run_is_said_with_the_machines_load():
+    about = {"commit": "0123456789", "dirty": False, "seconds": 4500.0, "cores": 2, "load": {"before": 0.1, "after": 2}}
+    about |= {"stages_made": 9, "stages": 9}
+    told = "The whole run: 1:15:00 on 2 cores (load 0.1 when it began), 9 of 9 stages made, commit 0123456."
+    assert readme.whole_run(about) == told and readme.whole_run({}) == ""
+    assert "commit 0123456 and changes" in readme.whole_run(about | {"dirty": True})
+    assert "no commit" in readme.whole_run(about | {"commit": None, "load": {"before": None}})
+
+
 def test_a_missing_place_is_said():
     with pytest.raises(UserError, match="no place for 'speed'"):
         readme.fill(TEXT, {"speed": "x"})
