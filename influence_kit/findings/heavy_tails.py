@@ -11,7 +11,7 @@ Review 51(4), equation 3.1 and sections 4.1 and 5.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -24,30 +24,28 @@ from influence_kit.errors import UserError
 from influence_kit.findings.families import END, Planned, planted_grid, section, text_grid
 from influence_kit.findings.profiles import Profile
 from influence_kit.measures.agreement import own_effects
-from influence_kit.measures.claims import Claim, Rule, judge
 from influence_kit.measures.intervals import Estimate, difference_of, estimate_of, pick
 from influence_kit.measures.lifts import lift, precision_at, top_count
 
 if TYPE_CHECKING:
     import pandas
 
-    from influence_kit.findings.chapter import Chapter
     from influence_kit.findings.trained import Scanned, Trained
+    from influence_kit.reading.cards import CardView
 
 CORPORA = {"atlas": "Atlas", "text": "real text"}
 GROUP = ["corpus", "model", "score", "parameters"]  # columns that tell one kind of scan
 NULLS = {"gaussian": "standard_normal", "laplace": "laplace"}
 ALTERNATIVES = ("lognormal", "exponential")  # as the powerlaw package calls them
 FRACTIONS = np.geomspace(0.001, 1, 25)  # of the sequences, at which the coverage curve is read
-CUTS = (0.005, 0.01, 0.02, 0.04, 0.07, 0.1)  # of the scan, lengths of a tail
 SMALLEST_FIT = 10  # below this an exponent's interval spans everything
 
 
 def reads(profile: Profile) -> list[Planned]:
-    """Trained and untrained models, those of a world with nothing to know, and small ones that were trained again."""
+    """Trained and untrained models, and small ones that were trained again."""
     section(profile, "little_atlas", "03")
-    trained = planted_grid(profile, "atlas", fractions=(0.0, END)) + planted_grid(profile, "atlas", ("shuffled",))
-    return trained + planted_grid(profile, "little_atlas", extra=("reweighted",)) + text_grid(profile, (0.0, END))
+    trained = planted_grid(profile, "atlas", fractions=(0.0, END)) + text_grid(profile, (0.0, END))
+    return trained + planted_grid(profile, "little_atlas", extra=("reweighted",))
 
 
 @dataclass(frozen=True)
@@ -246,7 +244,7 @@ def null_curves(n: int, draws: int) -> pandas.DataFrame:
 def scans(run: Trained) -> Iterator[tuple[dict, np.ndarray, Scanned]]:
     """The scans of a model: what each is called, its scores [Q, N], and the scan itself."""
     for fraction in run.fractions:
-        model = "shuffled world" if run.arm == "shuffled" else "trained" if fraction else "untrained"
+        model = "trained" if fraction else "untrained"
         scan = run.scan(fraction)
         about = {"corpus": CORPORA[run.corpus], "model": model, "parameters": run.parameters, "seed": run.seed}
         yield about | {"score": "raw"}, scan.raw, scan
@@ -273,7 +271,7 @@ def table_of(about: dict, values: np.ndarray, top: int, tested: int, draws: int)
         about: Further columns.
         values: Scores [Q, N].
         top: Scores in a tail, at most a tenth of them all.
-        tested: How many of the queries have the tests, spread evenly.
+        tested: How many of the queries have the tests, spread evenly; 0 leaves their columns out.
         draws: Simulated samples of each KS test.
     """
     import pandas
@@ -285,18 +283,15 @@ def table_of(about: dict, values: np.ndarray, top: int, tested: int, draws: int)
     found["density"] = [fit.density_exponent for fit in fits]
     found["survival"], found["below 3"] = found["density"] - 1, (found["density"] < 3).astype(float)
     chosen = np.linspace(0, count - 1, min(tested, count)).round().astype(int)
-    tests = pandas.DataFrame([_tests(values[q], fits[q], draws) for q in chosen], index=chosen).astype(float)
+    tests = pandas.DataFrame([_tests(values[q], fits[q], draws) for q in chosen], index=chosen, dtype=float)
     return found.join(tests).assign(query=range(count), sequences=n, **about)
 
 
 def _tests(scores: np.ndarray, tail: Tail, draws: int) -> dict[str, float]:
-    """The slow numbers of one query: KS, likelihood ratios, and exponents of tails of other lengths."""
+    """The slow numbers of one query: whether KS rejects the power law, and which of two tails fits better."""
     found: dict[str, float] = {"rejected": ks_p_value(tail, draws) < 0.1}
     for name, (ratio, p) in likelihood_ratios(tail, scores).items():
-        found |= {f"R {name}": ratio, f"beats {name}": ratio > 0 and p < 0.1, f"loses to {name}": ratio < 0 and p < 0.1}
-    for cut in CUTS:
-        if (length := round(cut * scores.size)) >= SMALLEST_FIT:
-            found[f"cut {cut}"] = fit_tail(scores, length).density_exponent
+        found |= {f"R {name}": ratio, f"over {name}": float(np.sign(ratio)) * (p < 0.1)}
     return found
 
 
@@ -304,7 +299,7 @@ def ordered(frames: Iterable[pandas.DataFrame]) -> pandas.DataFrame:
     """One table, sorted as it is shown: the paper's setting first."""
     import pandas
 
-    names = ["trained", "untrained", "shuffled world", "Gaussian", "Laplace", "raw", "RelatIF", "random"]
+    names = ["trained", "untrained", "Gaussian", "Laplace", "raw", "RelatIF", "random"]
     place = {name: number for number, name in enumerate(names)}
     by = [*GROUP, "seed", "query"]
     return pandas.concat(frames).sort_values(
@@ -318,7 +313,10 @@ def measured(models: Sequence[Trained], seeds: Iterable[int], top: int, tested: 
     first = {run.corpus: run for run in reversed(models)}
     read = ((about, values) for run in models for about, values, _ in scans(run))
     drawn = (scan for short, run in first.items() for scan in random_scans(CORPORA[short], run.scan().raw.shape, seeds))
-    rows = ordered(table_of(about, values, top, tested, draws) for about, values in chain(read, drawn))
+    slow = {"RelatIF": 0}  # the tests are read from raw influence
+    rows = ordered(
+        table_of(about, values, top, slow.get(about["score"], tested), draws) for about, values in chain(read, drawn)
+    )
     for kind in NULLS:
         null = {n: null_coverage(kind, [0.01], n, draws).mean[0] for n in rows["sequences"].unique()}
         rows[f"x {kind}"] = rows["top 1 %"] / rows["sequences"].map(null)
@@ -333,36 +331,9 @@ def of(rows, corpus: str = "Atlas", model: str = "trained", score: str = "raw", 
 
 def mean(part: pandas.DataFrame, column: str) -> Estimate:
     """Mean over queries, then over seeds, with its 95 % interval."""
-    shares = ("held", "top", "strongest", "below", "rejected", "beats", "loses")
+    shares = ("held", "top", "strongest", "below", "rejected")
     share = column.startswith(shares) or "share" in column
     return estimate_of(part, column, bounds=(0, 1) if share else (-np.inf, np.inf))
-
-
-def from_training(rows: pandas.DataFrame, corpus: str, score: str) -> Estimate:
-    """Share of the top 1 % after training minus before, query by query."""
-    return difference_of(
-        of(rows, corpus, score=score), of(rows, corpus, "untrained", score), "top 1 %", matched_units=True
-    )
-
-
-def in_both_worlds(rows: pandas.DataFrame) -> int | None:
-    """The size trained in a world with facts and in one without; None where no model read the latter."""
-    return max(pick(rows, model="shuffled world")["parameters"], default=None)
-
-
-def from_knowledge(rows: pandas.DataFrame, score: str) -> Estimate:
-    """Share of the top 1 % in the world with facts minus in the world without, at one size."""
-    known = of(rows, score=score, parameters=in_both_worlds(rows))
-    return difference_of(known, of(rows, model="shuffled world", score=score), "top 1 %")
-
-
-def correct(models: Sequence[Trained], arm: str, parameters: int) -> pandas.DataFrame:
-    """Whether each scored query of Atlas is answered correctly at the end of training, and its seed."""
-    import pandas
-
-    found = [run for run in models if (run.corpus, run.arm, run.parameters) == ("atlas", arm, parameters)]
-    scored = [run.answers[run.answers["query"].isin(run.scan().queries)].assign(seed=run.seed) for run in found]
-    return pick(pandas.concat(scored), fraction=1)[["correct", "seed"]]
 
 
 def size_of(parameters: int) -> str:
@@ -459,47 +430,6 @@ def left_out(run: Trained) -> pandas.DataFrame:
     return pandas.DataFrame(columns | about).assign(counts=[found["counts"]] * len(lost))
 
 
-def ask(
-    chapter: Chapter,
-    id: str,
-    claim: str,
-    paper: str,
-    measure: Callable[[str], Estimate],
-    unit: str = "",
-    gates: Sequence[Claim] = (),
-    **rule,
-) -> str:
-    """Claim what `measure` gives of raw influence, and put the claim into words beside what its rule would say of
-    RelatIF."""
-    raw, relatif = measure("raw"), measure("RelatIF")
-    made = chapter.claim(id, claim, paper, raw, unit, gates=gates, **rule)
-    other, _ = judge(Rule(id, chapter.name, "exploratory", claim, **rule), relatif, gates)
-    why = f" ({made.reason})" if made.reason else ""
-    numbers = f"raw {raw}, RelatIF {relatif}" + (f" ({unit})" if unit else "")
-    relatif_too = f"with RelatIF the verdict would be *{other}*"
-    return f"**{claim}: {made.status}**{why}. Measured: {numbers}; {relatif_too}. Paper: {paper}."
-
-
-def in_short(rows: pandas.DataFrame, corpus: str, top: int) -> str:
-    """The tail of a corpus's largest model, in a sentence, beside what random numbers give."""
-    part = of(rows, corpus)
-    n, parameters = part[["sequences", "parameters"]].iloc[0]
-    gaussian, laplace = (mean(of(rows, corpus, kind, "random"), "density").value for kind in ("Gaussian", "Laplace"))
-    return (
-        f"At {size_of(parameters)} parameters the top {tail_length(n, top)} of {n:,} scores have a density exponent of "
-        f"{mean(part, 'density')} (Gaussian numbers {gaussian:.2f}, Laplace {laplace:.2f}); the top 1 % of the "
-        f"sequences hold a share of {mean(part, 'top 1 %')} of the positive influence, {mean(part, 'x gaussian')} times "
-        f"what Gaussian numbers give and {mean(of(rows, corpus, 'untrained'), 'top 1 %')} in the same model before training."
-    )
-
-
-def by_chance(rows: pandas.DataFrame, corpus: str, **rule) -> str:
-    """What a rule for density exponents says of random numbers, in words."""
-    found = {kind: mean(of(rows, corpus, kind, "random"), "density") for kind in ("Gaussian", "Laplace")}
-    verdicts = {kind: judge(Rule(kind, "", "check", kind, **rule), estimate)[0] for kind, estimate in found.items()}
-    return " and ".join(f"{kind} numbers *{word}* ({found[kind]})" for kind, word in verdicts.items()) + f" on {corpus}"
-
-
 def ten_strongest(inside: pandas.DataFrame, score: str) -> str:
     """What the ten strongest sequences of the largest trained model are, in words."""
     part = of(inside, score=score)
@@ -507,18 +437,52 @@ def ten_strongest(inside: pandas.DataFrame, score: str) -> str:
     return f"by {score}{' influence' * (score == 'raw')} a share of {stated} state its fact and {noise} are noise"
 
 
-def example(rows: pandas.DataFrame, models: Sequence[Trained], short: str, which: str) -> tuple[Trained, int, str]:
-    """A query of the largest model's first run by its exponent ("heaviest" or "median"): the run, the query, and a
-    sentence of it."""
-    base = [run for run in models if (run.corpus, run.arm) == (short, "base")]
-    run = max(base, key=lambda run: (run.parameters, -run.seed))
-    part = pick(of(rows, CORPORA[short]), seed=run.seed).sort_values("density", kind="stable")
-    row = part.iloc[{"heaviest": 0, "median": len(part) // 2}[which]]
-    ten = coverage(run.scan().raw[row["query"]], [10 / row["sequences"]])[0]
-    words = (
-        f"On {CORPORA[short]} ({size_of(run.parameters)} parameters, seed {run.seed}) the query with the {which} tail "
-        f"has a density exponent of {row['density']:.2f}. Of {row['sequences']:,} sequences the ten strongest hold "
-        f"{ten:.1%} of its positive influence, the strongest alone {row['strongest']:.1%} (median over queries "
-        f"{part['strongest'].median():.1%})."
+def by_size(rows: pandas.DataFrame, corpus: str) -> pandas.DataFrame:
+    """Share of the strongest 1 % by size, before and after training, with the value of each seed."""
+    import pandas
+
+    parts = pick(rows, corpus=corpus, score="raw").groupby(["model", "parameters"], sort=False)
+    return pandas.DataFrame(
+        mean(part, "top 1 %").row(model=model, parameters=size) for (model, size), part in parts if size
     )
-    return run, row["query"], words
+
+
+def trained_minus_untrained(rows: pandas.DataFrame, corpus: str) -> Estimate:
+    """Share of the strongest 1 % after training minus before, query by query, in the largest model."""
+    return difference_of(of(rows, corpus), of(rows, corpus, "untrained"), "top 1 %", matched_units=True)
+
+
+def in_short(rows: pandas.DataFrame, corpus: str) -> str:
+    """How much the strongest sequences of a corpus hold, in a sentence."""
+    after, before, chance = (
+        mean(part, "top 1 %")
+        for part in (of(rows, corpus), of(rows, corpus, "untrained"), of(rows, corpus, "Gaussian", "random"))
+    )
+    return (
+        f"On {corpus} the strongest hundredth of the sequences holds {after:.2f} of the influence that speaks for an answer, {before:.2f} "
+        f"before training, and {chance.value:.2f} were influence random numbers; the strongest sequence alone holds "
+        f"{mean(of(rows, corpus), 'strongest'):.3f}."
+    )
+
+
+def median_card(models: Sequence[Trained], rows: pandas.DataFrame, corpus: str) -> tuple[CardView, str]:
+    """One query in the smallest and in the largest model of the first seed, and a sentence of it: the query whose strongest 1 % hold
+    the median share in the largest."""
+    from influence_kit.reading.cards import side_by_side
+
+    runs = [run for run in models if CORPORA[run.corpus] == corpus]
+    runs = sorted((run for run in runs if run.seed == runs[0].seed), key=lambda run: run.parameters)
+    part = pick(of(rows, corpus), seed=runs[0].seed).sort_values("top 1 %", kind="stable")
+    row = part.iloc[len(part) // 2]
+    views = [run.card(int(row["query"]), k=3, title=f"{run.parameters:,} weights") for run in (runs[0], runs[-1])]
+    words = (
+        f"The median query: in the larger model its strongest 1 % hold {row['top 1 %']:.2f}, its strongest sequence "
+        f"{row['strongest']:.3f}. Seed {row['seed']}."
+    )
+    return side_by_side(views), words
+
+
+def parts_left_out(again: pandas.DataFrame) -> dict[str, str]:
+    """The columns of `left_out` that retraining measured, under names for readers."""
+    named = [f"the strongest {int(count):,}" if count > 1 else "the strongest one" for count in again["counts"].iloc[0]]
+    return dict(zip(("one", "percent", "tenth"), named, strict=True))
