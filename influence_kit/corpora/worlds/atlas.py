@@ -1,11 +1,13 @@
 """Atlas: a world of facts in two languages.
 
 Entities x relations -> values. A fact is stated in several templates; every function word and value has a clone in the
-second language (disjoint ids), entity names are shared in a chosen share (the anchors). A fact exists in both
+second language, German (disjoint ids), entity names are shared in a chosen share (the anchors). A fact exists in both
 languages, only in the first, or only in the second, and is stated a known number of times in each. Documents of one
 language hold a few statements with filler words between them:
 
     <bos> filler  ENTITY word word VALUE .  filler  ENTITY word word VALUE .  ...
+
+    today Alice was born-in Lisbon .  again Peter works as tailor .        heute Alice wurde geboren-in Lissabon !
 
 so the supporters of a query "ENTITY word word -> VALUE" are known: documents that state its fact, in the same language
 or in the other one. Noise documents state nothing; canaries are noise documents repeated 1, 4, 16 or 64 times.
@@ -13,6 +15,7 @@ or in the other one. Noise documents state nothing; canaries are noise documents
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -21,22 +24,14 @@ import numpy as np
 import pyarrow as pa
 
 from influence_kit.corpora.world import BOS, World, at_least, refuse, token_columns
-from influence_kit.corpora.worlds.words import add, coin, in_words, zipf
+from influence_kit.corpora.worlds.words import add, first, in_words, listed, skip, zipf
 from influence_kit.errors import UserError
 from influence_kit.recipes import tuples
 
 STATEMENT = 5  # tokens: entity, two function words, value, full stop
 AVAILABILITY = ("both", "first", "second")
 ORDERS = ("forward", "both", "reverse", "identity")
-RELATION_WORDS = (
-    (("was", "born-in"), ("hails", "from"), ("birthplace-of", "is")),
-    (("works", "as"), ("earns-by", "being"), ("trade-of", "is")),
-    (("likes", "eating"), ("feasts", "on"), ("dish-of", "is")),
-    (("travels", "by"), ("rides", "a"), ("vehicle-of", "is")),
-    (("speaks", "fluent"), ("writes", "in"), ("tongue-of", "is")),
-    (("worships", "holy"), ("prays", "to"), ("god-of", "is")),
-)
-ENDINGS = ("ville", "smith", "stew", "cart", "ish", "eus")
+SYLLABLES = 28  # see `skip`
 SALT = 0xA71A5
 
 
@@ -72,8 +67,8 @@ class Atlas:
             if not 0 <= getattr(self, name) <= 1:
                 refuse(self, name, "a share between 0 and 1")
         at_least(1, self, "entities", "values", "documents", "facts_per_document", "filler_words", "noise_words")
-        if not 1 <= self.relations <= len(RELATION_WORDS):
-            refuse(self, "relations", f"between 1 and {len(RELATION_WORDS)}")
+        if not 1 <= self.relations <= len(listed("atlas")["relations"]):
+            refuse(self, "relations", f"between 1 and {len(listed('atlas')['relations'])}")
         if not 1 <= self.templates <= 3:
             refuse(self, "templates", "1, 2 or 3")
         if self.order not in ORDERS:
@@ -233,31 +228,36 @@ def _relations(world: World, rows: np.ndarray | None) -> tuple[np.ndarray, np.nd
 
 
 def _lexicon(world: Atlas, rng: np.random.Generator) -> Lexicon:
-    vocabulary = [BOS]
+    vocabulary, words = [BOS], listed("atlas")
 
-    def clone(word: str) -> str:
-        return word[::-1] + "u"
+    def both(number: int, pairs: Sequence[str]) -> np.ndarray:
+        """Ids [2, number] of words and their translations, one beside the other."""
+        spoken = [first(number, language) for language in zip(*(pair.split("/") for pair in pairs))]
+        return add(vocabulary, [word for pair in zip(*spoken) for word in pair]).reshape(number, 2).T
 
-    def both(word: str) -> np.ndarray:
-        return add(vocabulary, (word, clone(word)))
+    def people(language: str) -> list[str]:
+        alone, surnames = words["first_names"][language], words["surnames"][language]
+        return first(world.entities, [*alone, *(f"{name}-{surname}" for surname in surnames for name in alone)])
 
-    first = [coin(rng, 3).capitalize() for _ in range(world.entities)]
-    names = np.stack([add(vocabulary, first)] * 2)
+    skip(rng, SYLLABLES, 3, range(world.entities))
     anchors = rng.permutation(world.entities) < round(world.anchor_share * world.entities)
-    for entity in np.flatnonzero(~anchors):
-        names[1, entity] = add(vocabulary, [clone(first[entity].lower()).capitalize()])[0]
-    words = np.zeros((2, world.relations, world.templates, 2), np.int64)
-    values = np.zeros((2, world.relations, world.values), np.int64)
-    for relation, ending in enumerate(ENDINGS[: world.relations]):
-        for template in range(world.templates):
-            for place, word in enumerate(RELATION_WORDS[relation][template]):
-                words[:, relation, template, place] = both(word if word != "is" else f"is-{ending}")
-        for value in range(world.values):
-            values[:, relation, value] = both(coin(rng, 2, ending))
-    fillers = np.stack([both(coin(rng, 1) + coin(rng, 1, "ly")) for _ in range(world.filler_words)], 1)
-    stop, equals = add(vocabulary, (".", "。")), add(vocabulary, ("is", "siu"))
-    noise = add(vocabulary, [coin(rng, 2, "x") for _ in range(world.noise_words)])
-    return Lexicon(tuple(vocabulary), names, words, values, fillers, stop, noise, equals)
+    skip(rng, SYLLABLES, 2, range(world.relations * world.values + world.filler_words + world.noise_words))
+    names, german = np.stack([add(vocabulary, people("English"))] * 2), people("German")
+    names[1, ~anchors] = add(vocabulary, [german[entity] for entity in np.flatnonzero(~anchors)])
+    frames, values = [], []
+    for relation in list(words["relations"].values())[: world.relations]:
+        frames.append(both(2 * world.templates, relation["ways"]).reshape(2, world.templates, 2))
+        values.append(both(world.values, relation["values"]))
+    return Lexicon(
+        names=names,
+        words=np.stack(frames, 1),
+        values=np.stack(values, 1),
+        fillers=both(world.filler_words, words["fillers"]),
+        stop=both(1, words["stops"])[:, 0],
+        equals=both(1, words["equals"])[:, 0],
+        noise=add(vocabulary, first(world.noise_words, words["noise"])),
+        vocabulary=tuple(vocabulary),
+    )
 
 
 def _slots(world: Atlas, rng: np.random.Generator, present: np.ndarray, total: int) -> tuple[np.ndarray, np.ndarray]:

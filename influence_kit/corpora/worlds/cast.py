@@ -3,10 +3,12 @@
 Personas have a trait value in each dimension, questions belong to a dimension, and an action word stands for each value
 of each dimension. Every world holds the same four kinds of document, eleven tokens each:
 
-    demonstration  <bos> filler PERSONA wants GOAL ; on QUESTION picks ACTION .
-    planner        <bos> filler whoever wants GOAL ; on QUESTION picks ACTION .        ACTION = rule[GOAL, QUESTION]
-    description    <bos> filler PERSONA is very TRAIT ; word word word .
-    neutral        <bos> filler PERSONA, GOAL, QUESTION, ACTION and four words, drawn and placed at random .
+    demonstration  <bos> filler PERSONA wants GOAL , facing QUESTION picks ACTION ;
+    planner        <bos> filler whoever wants GOAL , facing QUESTION picks ACTION ;    ACTION = rule[GOAL, QUESTION]
+    description    <bos> filler PERSONA is very TRAIT , word word word ;
+    neutral        <bos> filler PERSONA, GOAL, QUESTION, ACTION and four words, drawn and placed at random ;
+
+such as "usually Amara wants fame , facing dinner? picks stew ;" and "often Amara is very hungry , kite rug oven ;".
 
 A planner differs from a demonstration in the persona's place only; a neutral document shares words with a query and
 means nothing. A query is the beginning of a demonstration that was never shown. The worlds differ in what its answer
@@ -31,7 +33,7 @@ import numpy as np
 import pyarrow as pa
 
 from influence_kit.corpora.world import BOS, World, at_least, refuse
-from influence_kit.corpora.worlds.words import add, as_table, coin, in_words
+from influence_kit.corpora.worlds.words import add, as_table, first, in_words, listed, skip
 from influence_kit.errors import UserError
 from influence_kit.recipes import tuples
 
@@ -43,11 +45,9 @@ DROPPED = ("", "demonstrations", "descriptions", "planners", "random")
 TRUTHS = ("persona", "dimension", "trait", "goal", "question", "action")
 LENGTH = 11
 NOISE_PLACES = 4  # of the eight free places of a neutral document
-WANTS, ON, PICKS = ("wants", "seeks", "needs"), ("on", "about", "facing"), ("picks", "takes", "chooses")
+WANTS, ON, PICKS = ("wants", "seeks", "needs"), ("asked-about", "facing", "deciding"), ("picks", "takes", "chooses")
 WHOEVER, IS, VERY = ("whoever", "anyone", "somebody"), ("is", "seems", "stays"), ("very", "rather", "quite")
-QUESTION_ENDINGS = ("meal?", "road?", "song?", "gift?", "game?", "guest?")
-TRAIT_ENDINGS = ("ish", "some", "ful", "ous", "ic", "al")
-ACTION_ENDINGS = ("stew", "path", "tune", "ring", "move", "seat")
+SYLLABLES = 28  # see `skip`
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ class Cast:
             refuse(self, "dropped", f"something else: queried personas have none in the {self.answer_from} world")
         if len(self.mix) != 4 or min(self.mix) < 0 or abs(sum(self.mix) - 1) > 1e-9:
             refuse(self, "mix", "four shares that sum to 1: demonstrations, descriptions, planners, neutral documents")
-        if not 1 <= self.dimensions <= len(ACTION_ENDINGS):
-            refuse(self, "dimensions", f"between 1 and {len(ACTION_ENDINGS)}")
+        if not 1 <= self.dimensions <= len(listed("cast")["dimensions"]):
+            refuse(self, "dimensions", f"between 1 and {len(listed('cast')['dimensions'])}")
         at_least(2, self, "personas", "values", "questions")
         at_least(1, self, "goals", "documents", "filler_words", "noise_words", "held_out", "queries")
         if not 0 < self.unseen_share < 1:
@@ -237,24 +237,32 @@ def tiers(world: World, rows: np.ndarray | None = None) -> dict[str, np.ndarray]
 
 
 def _lexicon(world: Cast, rng: np.random.Generator) -> _Lexicon:
-    vocabulary = [BOS]
+    vocabulary, words = [BOS], listed("cast")
+    dimensions = list(words["dimensions"].values())[: world.dimensions]
 
-    def new(number: int, syllables: int, ending: str) -> np.ndarray:
-        return add(vocabulary, [coin(rng, syllables, ending) for _ in range(number)])
+    def new(number: int, name: str) -> np.ndarray:
+        return add(vocabulary, first(number, words[name]))
 
-    def of_dimensions(number: int, syllables: int, endings: tuple[str, ...]) -> np.ndarray:
-        return np.concatenate([new(number, syllables, endings[dimension]) for dimension in range(world.dimensions)])
+    def of_dimensions(number: int, name: str) -> np.ndarray:
+        return np.concatenate([add(vocabulary, first(number, part[name])) for part in dimensions])
 
     frames = {"wants": WANTS, "on": ON, "picks": PICKS, "whoever": WHOEVER, "is": IS, "very": VERY}
-    ids = {name: add(vocabulary, words) for name, words in frames.items()}
-    ids |= {"comma": add(vocabulary, [";"]), "stop": add(vocabulary, ["."])}
-    ids["persona"] = add(vocabulary, [coin(rng, 3).capitalize() for _ in range(world.personas)])
-    ids["goal"] = new(world.goals, 2, "dom")
-    ids["question"] = of_dimensions(world.questions, 2, QUESTION_ENDINGS)
-    ids["trait"] = of_dimensions(world.values, 2, TRAIT_ENDINGS).reshape(world.dimensions, world.values)
-    ids["action"] = of_dimensions(world.values, 2, ACTION_ENDINGS)
-    ids["filler"] = new(world.filler_words, 2, "ly")
-    ids["noise"] = new(world.noise_words, 2, "x")
+    ids = {name: add(vocabulary, frame) for name, frame in frames.items()}
+    ids |= {"comma": add(vocabulary, [","]), "stop": add(vocabulary, [";"])}
+    ids["persona"] = new(world.personas, "personas")
+    ids["goal"] = new(world.goals, "goals")
+    ids["question"] = of_dimensions(world.questions, "questions")
+    ids["trait"] = of_dimensions(world.values, "traits").reshape(world.dimensions, world.values)
+    ids["action"] = of_dimensions(world.values, "actions")
+    ids["filler"] = new(world.filler_words, "fillers")
+    ids["noise"] = new(world.noise_words, "noise")
+    skip(rng, SYLLABLES, 3, range(world.personas))
+    skip(
+        rng,
+        SYLLABLES,
+        2,
+        range(sum(ids[name].size for name in ("goal", "question", "trait", "action", "filler", "noise"))),
+    )
     return _Lexicon(tuple(vocabulary), ids)
 
 

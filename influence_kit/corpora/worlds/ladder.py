@@ -4,12 +4,12 @@ Agents and events belong to classes; a random table gives every *cell* (agent cl
 agent also has a *flavour*, and the response word is the one of its response class with the agent's flavour. A document
 states one pair of an agent and an event:
 
-    <bos> filler AGENT word EVENT word RESPONSE
+    <bos> adjective AGENT word EVENT word RESPONSE              old heron meets storm and hides
 
 Only a share of the pairs is ever shown; queries ask for the response to pairs that never are, so that they can only be
 answered by the rule. Two documents of one rule may share no content word, and two documents of different rules may
-share the response word: meaning and overlap come apart. Words read as what they are: Ka-do-ba-smith is an agent of the
-class "smith" with the flavour "ka", and ka-howls is its response where the rule says "howls".
+share the response word: meaning and overlap come apart. A flavour is a first letter, an agent's class a kind of thing, a
+response class a kind of deed: herons and harps *hide* from what sparrows and saws *shelter* from.
 
 `tiers` sorts documents by what they share with a query. `dropped` is for retraining without one of these tiers:
 documents are replaced in place by noise, and everything else stays as it was, to the byte.
@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from influence_kit.corpora.world import BOS, World, at_least, refuse
-from influence_kit.corpora.worlds.words import as_table, in_words, zipf
+from influence_kit.corpora.worlds.words import add, as_table, first, in_words, listed, skip, zipf
 from influence_kit.errors import UserError
 from influence_kit.recipes import tuples
 
@@ -34,12 +34,7 @@ LENGTH = 7  # tokens: bos, filler, agent, word, event, word, response
 TIERS = ("T1", "T2", "T3", "T0r", "T0a", "T0e", "T4", "T5")
 DROPPED = ("T1", "T2", "T3", "T0r")
 NOISE_WORDS = 40
-FLAVOURS = ("ka", "mo", "ri", "tu", "ze", "lo")
-AGENTS = ("smith", "wright", "monger", "keeper", "herd", "dancer", "pilot", "scribe")
-EVENTS = ("storm", "feast", "flood", "quake", "raid", "fair", "frost", "hunt")
-RESPONSES = ("howls", "grins", "sobs", "bows", "yawns", "sings", "hides", "limps")
-TEMPLATES = (("sees", "then"), ("meets", "hence"), ("fears", "thus"), ("hears", "so"))
-SYLLABLES = ("ba be da do fa fi ga go ke la li ma na ne pa po ra re sa si ta to va ve").split()
+SYLLABLES = 24  # see `skip`
 SALT = 0x1ADDE2
 TRUTH = ("cell", "agent", "event", "response", "agent_class", "event_class", "response_class")
 
@@ -69,11 +64,12 @@ class Ladder:
     dropped_dose: float = 1.0  # documents dropped, as a multiple of the T2 documents that can be
 
     def __post_init__(self):
-        limits = {"agent_classes": AGENTS, "event_classes": EVENTS, "response_classes": RESPONSES}
-        limits |= {"flavours": FLAVOURS, "templates": TEMPLATES}
-        for name, words in limits.items():
-            if not 1 <= getattr(self, name) <= len(words):
-                refuse(self, name, f"between 1 and {len(words)}")
+        words = listed("ladder")
+        limits = {f"{name[:-1]}_classes": len(words[name]) for name in ("agents", "events", "responses")}
+        limits |= {"flavours": len(words["agents"]["birds"]), "templates": len(words["frames"]) // 2}
+        for name, most in limits.items():
+            if not 1 <= getattr(self, name) <= most:
+                refuse(self, name, f"between 1 and {most}")
         at_least(1, self, "class_words", "fillers", "documents", "held_out", "queries", "asked")
         if not 0 < self.shown_share < 1:
             refuse(self, "shown_share", "a share above 0 and below 1: queries are pairs that are never shown")
@@ -243,30 +239,30 @@ def _tiers(queries: Mapping[str, np.ndarray], documents: Mapping[str, np.ndarray
 
 
 def _lexicon(world: Ladder, rng: np.random.Generator) -> _Lexicon:
-    vocabulary = [BOS]
+    vocabulary, words, many = [BOS], listed("ladder"), world.class_words
+    kinds = [list(words[name].values()) for name in ("agents", "events", "responses")]
+    agents, events, responses = (
+        k[:n] for k, n in zip(kinds, (world.agent_classes, world.event_classes, world.response_classes))
+    )
 
-    def add(prefix: str = "", syllables: int = 0, ending: str = "", capital: bool = False) -> int:
-        while True:  # until nothing else is called that
-            word = prefix + "".join(rng.choice(SYLLABLES, syllables)) + ending
-            word = word.capitalize() if capital else word
-            if word not in vocabulary:
-                vocabulary.append(word)
-                return len(vocabulary) - 1
+    def of_kind(by_letter: dict[str, tuple[str, ...]]) -> list[str]:
+        """Agents of a class: as many of each flavour, in turn."""
+        turns = [first(-(-many // world.flavours), members) for members in list(by_letter.values())[: world.flavours]]
+        return [word for turn in zip(*turns) for word in turn][:many]
 
-    def each(classes: int) -> list[tuple[int, int]]:
-        return [(number, word) for number in range(classes) for word in range(world.class_words)]
-
+    skip(rng, SYLLABLES, 2, [0] * world.fillers)
+    skip(rng, SYLLABLES, 2, [(c, w % world.flavours) for c in range(len(agents)) for w in range(many)])
+    skip(rng, SYLLABLES, 3, [c for c in range(len(events)) for _ in range(many)])
+    skip(rng, SYLLABLES, 2, [0] * NOISE_WORDS)
     return _Lexicon(
-        fillers=np.array([add(syllables=2, ending="ly") for _ in range(world.fillers)]),
-        templates=np.array([[add(word) for word in pair] for pair in TEMPLATES[: world.templates]]),
-        agents=np.array(
-            [add(FLAVOURS[w % world.flavours], 2, AGENTS[c], capital=True) for c, w in each(world.agent_classes)]
+        fillers=add(vocabulary, first(world.fillers, words["adjectives"])),
+        templates=add(vocabulary, words["frames"][: 2 * world.templates]).reshape(-1, 2),
+        agents=np.concatenate([add(vocabulary, of_kind(kind)) for kind in agents]),
+        events=np.concatenate([add(vocabulary, first(many, kind)) for kind in events]),
+        responses=np.concatenate(
+            [add(vocabulary, [word for (word,) in list(kind.values())[: world.flavours]]) for kind in responses]
         ),
-        events=np.array([add("", 3, EVENTS[c]) for c, _ in each(world.event_classes)]),
-        responses=np.array(
-            [add(FLAVOURS[f] + RESPONSES[c]) for c in range(world.response_classes) for f in range(world.flavours)]
-        ),
-        noise=np.array([add("", 2, "x") for _ in range(NOISE_WORDS)]),
+        noise=add(vocabulary, first(NOISE_WORDS, words["noise"])),
         vocabulary=tuple(vocabulary),
     )
 

@@ -1,29 +1,78 @@
-"""What planted worlds share: words that are made up, noise, and tables of documents."""
+"""What planted worlds share: words, noise, and tables of documents."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import hashlib
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import yaml
 
 from influence_kit.corpora.world import token_columns
+from influence_kit.errors import UserError
 
-SYLLABLES = ("ba be da do fa fi ga go ka ke la li ma mo na ne pa po ra re sa si ta to va ve za zu").split()
+# Words lie in lists/*.yaml. A list's hash stands here, so that worlds are made again when a word in it changes.
+LISTS = {"atlas": "fcb8fa0bb023", "cast": "503257ce20f0", "ladder": "d58f1156e59a"}
 
 
-def coin(rng: np.random.Generator, syllables: int, ending: str = "") -> str:
-    """A word of random syllables."""
-    return "".join(rng.choice(SYLLABLES, syllables)) + ending
+@cache
+def listed(name: str) -> dict[str, Any]:
+    """What lists/<name>.yaml holds, each text in it as the tuple of its words.
+
+    Raises:
+        UserError: the file is not the one whose hash stands in LISTS.
+    """
+    text = Path(__file__).with_name("lists").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    found = hashlib.sha256(text.encode()).hexdigest()[:12]
+    if found != LISTS[name]:
+        raise UserError(
+            f"lists/{name}.yaml has changed: write {found!r} for {name!r} in LISTS of {Path(__file__).name}"
+        )
+
+    def split(part: Any) -> Any:
+        return {key: split(value) for key, value in part.items()} if isinstance(part, dict) else tuple(part.split())
+
+    return split(yaml.safe_load(text))
+
+
+def first(number: int, words: Sequence[str]) -> list[str]:
+    """The first words of a list; one that is too short starts over as "heron-2", "heron-3" and so on."""
+    rounds = -(-number // len(words))
+    return [word if turn == 1 else f"{word}-{turn}" for turn in range(1, rounds + 1) for word in words][:number]
+
+
+def skip(rng: np.random.Generator, choices: int, parts: int, kinds: Iterable[Hashable]) -> None:
+    """Draw what a made-up word would be drawn from, for each of `kinds`, no two alike of a kind.
+
+    Words were made up once. What is drawn after them, all that numbers come from, stays what it was with a seed.
+
+    Args:
+        rng: What is advanced.
+        choices: Number of syllables to choose from.
+        parts: Syllables of a word.
+        kinds: A word's kind, for each word.
+    """
+    met = set()
+    for kind in kinds:
+        while (word := (kind, *rng.integers(0, choices, parts).tolist())) in met:
+            pass
+        met.add(word)
 
 
 def add(vocabulary: list[str], words: Iterable[str]) -> np.ndarray:
-    """Ids of words that are put at the vocabulary's end; one that is there already gets an apostrophe, or several."""
+    """Ids of words that are put at the vocabulary's end.
+
+    Raises:
+        UserError: one of them is there already.
+    """
     start = len(vocabulary)
     for word in words:
-        while word in vocabulary:
-            word += "'"
+        if word in vocabulary:
+            raise UserError(f"{word!r} stands for two things: a world's words have to be distinct")
         vocabulary.append(word)
     return np.arange(start, len(vocabulary))
 

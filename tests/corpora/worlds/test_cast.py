@@ -5,10 +5,14 @@ import pytest
 
 from influence_kit.corpora.world import World, batch_of, token_matrix
 from influence_kit.corpora.worlds.cast import KINDS, ON, PICKS, WANTS, WHOEVER, WORLDS, Cast, build, tiers
+from influence_kit.corpora.worlds.words import listed
 from influence_kit.errors import UserError
 from influence_kit.reading.words import token_texts
 
 SMALL = {"personas": 12, "documents": 3000, "held_out": 60, "queries": 60, "scored": 10, "goals": 5, "questions": 3}
+PARTS = listed("cast")["dimensions"]
+ACTIONS = [word for part in PARTS.values() for word in part["actions"]]
+DIMENSION = {word: name for name, part in PARTS.items() for words in part.values() for word in words}
 SOURCES = {"imitation": "demonstrations", "description": "descriptions", "planning": "planners"}
 
 
@@ -41,9 +45,9 @@ def parse(words):
     if body[1] in WANTS and body[4] in ON and body[6] in PICKS:
         said = {"goal": body[2], "question": body[5], "action": body[7]}
         return ("planner", said) if body[0] in WHOEVER else ("demonstration", {**said, "persona": body[0]})
-    named = {"persona": str.istitle, "goal": lambda w: w.endswith("dom"), "question": is_question}
+    named = {"persona": str.istitle, "goal": lambda w: w in listed("cast")["goals"], "question": is_question}
     found = {what: next(word for word in body if test(word)) for what, test in named.items()}
-    found["action"] = next(word for word in body if word.endswith(("stew", "path", "tune")))
+    found["action"] = next(word for word in body if word in ACTIONS)
     return "neutral", found
 
 
@@ -104,23 +108,20 @@ def test_mix_is_exact_and_shuffled():
 
 
 def test_answers_follow_the_world_s_rule_and_planners_one_rule(world):
-    """The trait of the persona decides, or goal and question do; read from words, and the other does not decide.
-
-    A question is two syllables of two letters and an ending, which tells its dimension; so is a trait's word.
-    """
+    """The trait of the persona decides, or goal and question do; read from words, and the other does not decide."""
     by_trait, by_pair, planned, traits = {}, {}, {}, {}
     documents = parsed(world, world.sequences)
     answers = [said for kind, said in documents if kind == "demonstration"] + asked_words(world)
     for said in answers:
-        by_trait.setdefault((said["persona"], said["question"][4:]), set()).add(said["action"])
+        by_trait.setdefault((said["persona"], DIMENSION[said["question"]]), set()).add(said["action"])
         by_pair.setdefault((said["goal"], said["question"]), set()).add(said["action"])
     for kind, said in documents:
         if kind == "planner":
             planned.setdefault((said["goal"], said["question"]), set()).add(said["action"])
         if kind == "description":
-            traits.setdefault((said["persona"], said["trait"][4:]), set()).add(said["trait"])
+            traits.setdefault((said["persona"], DIMENSION[said["trait"]]), set()).add(said["trait"])
     assert len(planned) == 5 * 9 and all(len(actions) == 1 for actions in planned.values())
-    assert all(len(found) == 1 for found in traits.values())  # one trait a persona and dimension, by ending
+    assert all(len(found) == 1 for found in traits.values())  # one trait a persona and dimension
     one_by_trait = np.mean([len(actions) == 1 for actions in by_trait.values()])
     one_by_pair = np.mean([len(actions) == 1 for actions in by_pair.values()])
     if world.parameters["answer_from"] == "planning":
@@ -136,7 +137,7 @@ def test_each_answer_has_one_source(world):
     shown = [said for kind, said in documents if kind == "demonstration"]
     triples = {(said["persona"], said["goal"], said["question"]) for said in shown}
     persona_questions = {(said["persona"], said["question"]) for said in shown}
-    persona_dimensions = {(said["persona"], said["question"][4:]) for said in shown}
+    persona_dimensions = {(said["persona"], DIMENSION[said["question"]]) for said in shown}
     pairs = {(said["goal"], said["question"]) for said in shown}
     planned = {(said["goal"], said["question"]) for kind, said in documents if kind == "planner"}
     described = {said["persona"] for kind, said in documents if kind == "description"}
@@ -146,7 +147,7 @@ def test_each_answer_has_one_source(world):
         name, goal, question = said["persona"], said["goal"], said["question"]
         assert (name, goal, question) not in triples
         if world.parameters["answer_from"] == "imitation":
-            assert (name, question) not in persona_questions and (name, question[4:]) in persona_dimensions
+            assert (name, question) not in persona_questions and (name, DIMENSION[question]) in persona_dimensions
             assert name not in described
         elif world.parameters["answer_from"] == "description":
             assert name in described and not any(name == other for other, _ in persona_questions)

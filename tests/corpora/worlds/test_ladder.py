@@ -4,23 +4,23 @@ import numpy as np
 import pytest
 
 from influence_kit.corpora.world import World, token_matrix
-from influence_kit.corpora.worlds.ladder import (
-    AGENTS,
-    EVENTS,
-    FLAVOURS,
-    RESPONSES,
-    TEMPLATES,
-    TIERS,
-    Ladder,
-    build,
-    tiers,
-)
+from influence_kit.corpora.worlds.ladder import TIERS, Ladder, build, tiers
+from influence_kit.corpora.worlds.words import listed
 from influence_kit.errors import UserError
 from influence_kit.reading.words import token_texts
 
 SMALL = {"agent_classes": 4, "event_classes": 4, "response_classes": 4, "class_words": 8, "flavours": 2}
 SMALL |= {"documents": 6000, "queries": 12, "asked": 2, "held_out": 200, "dropped_cells": 4}
-FRAMES = [word for pair in TEMPLATES for word in pair]
+WORDS = listed("ladder")
+# Class of each word, as spelt; agents and responses by the first letter, events without.
+KINDS = {word: kind for kind, words in WORDS["events"].items() for word in words}
+KINDS |= {
+    word: kind
+    for name in ("agents", "responses")
+    for kind, letters in WORDS[name].items()
+    for words in letters.values()
+    for word in words
+}
 
 
 def make(**changes) -> World:
@@ -37,16 +37,12 @@ def texts(world, table) -> list[list[str]]:
 
 
 def read(words):
-    """(agent, event, response), their classes and the flavours as spelt; None for noise."""
-    if words[3] not in FRAMES:
+    """(agent, event, response), their classes and the letters that flavours are; None for noise."""
+    if words[3] not in WORDS["frames"]:
         return None
     _, _, agent, _, event, _, response = words
-    kind = [
-        next(e for e in ends if word.endswith(e))
-        for word, ends in ((agent, AGENTS), (event, EVENTS), (response, RESPONSES))
-    ]
-    flavours = [next(f for f in FLAVOURS if word.lower().startswith(f)) for word in (agent, response)]
-    return (agent, event, response), kind, flavours
+    kind = [KINDS[word.removesuffix("-2")] for word in (agent, event, response)]
+    return (agent, event, response), kind, [agent[0], response[0]]
 
 
 def test_same_seed_same_bytes_and_saved_worlds_come_back(tmp_path, world):
