@@ -34,7 +34,7 @@ def verdicts(folder: Path) -> str:
     states = Counter(figure["status"] for figure in content["figures"])
     told = ", ".join(f"{count} {status}" for status, count in sorted(states.items()))
     fixed = f"[fixed beforehand](influence_kit/findings/claims.yaml) ({content.get('rules_since', 'not committed')})"
-    more = " ".join([*unconcluded(claims), *replicated(claims, folder)])
+    more = " ".join([*unconcluded(claims, folder), *replicated(claims, folder)])
     about = f"Rules, units and the smallest effect worth speaking of: {fixed}; values by seed: [verdicts.json](figures/{folder.name}/verdicts.json)."
     return f"{verdict_table_markdown(claims)}{more}\n\n{about} Figures: {told}.\n"
 

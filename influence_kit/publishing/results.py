@@ -188,7 +188,7 @@ def closing_screen(claims: Iterable["Claim"], figures: Iterable[dict], folder: P
     lines = [
         *verdict_lines(claims, width),
         *in_sum(claims),
-        *unconcluded(claims),
+        *unconcluded(claims, folder),
         *replicated(claims, folder),
         f"figures: {told or 'none'}" + (f" ({differing})" if differing else ""),
         f"every verdict with its interval, rule and values by seed: {folder / 'verdicts.json'}; rules fixed {fixed_since()}",
@@ -196,12 +196,12 @@ def closing_screen(claims: Iterable["Claim"], figures: Iterable[dict], folder: P
     return "\n".join(lines)
 
 
-def unconcluded(claims: Iterable["Claim"]) -> list[str]:
-    """A line that names the claims of these chapters that the file of rules has and the run did not conclude, if any."""
-    claims = list(claims)
-    chapters, made = {claim.chapter for claim in claims}, {claim.id for claim in claims}
+def unconcluded(claims: Iterable["Claim"], folder: Path) -> list[str]:
+    """A line that names the claims that the file of rules has for the chapters of a run and the run did not conclude, if any."""
+    chapters = {entry["label"] for entry in read_provenance(folder).values() if entry["kind"] == "chapter"}
+    made = {claim.id for claim in claims}
     missing = [id for id, rule in fixed_claims().items() if rule.chapter in chapters and id not in made]
-    return [f"Not concluded: {', '.join(missing)}."] if missing else []
+    return [f"Not concluded: {', '.join(missing)}."] if missing and made else []
 
 
 def replicated(claims: Iterable["Claim"], folder: Path) -> list[str]:

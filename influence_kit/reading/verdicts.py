@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from influence_kit.measures.claims import OVER
 from influence_kit.measures.intervals import Estimate
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ def referees_markdown(claims: Iterable[Claim]) -> str:
 def _parts(claim: Claim, strong: str = "") -> tuple[str, str, str, str]:
     """Finding, paper, here and referee of a line."""
     verdict = f"no effect > {claim.delta:g}" if claim.status.startswith("no ") else claim.status
-    here = f"{strong}{verdict}{strong} {Estimate(claim.measured, *claim.interval, 0)}"
+    told = "" if claim.measured != claim.measured else f" {Estimate(claim.measured, *claim.interval, 0)}"
+    here = f"{strong}{verdict}{strong}{told}" + (f" ({claim.reason})" if claim.reason and claim.reason != OVER else "")
     by = claim.referee
     asked = "–" if by is None else f"{by.method}: {by.agreement}" if by.method != "retraining" else by.agreement
     return claim.short or claim.claim, claim.paper, here, asked

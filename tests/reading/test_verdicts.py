@@ -47,6 +47,12 @@ def test_a_line_says_what_a_referee_says():
     assert "| true step: agrees |" in verdict_table_markdown([step]) and referees_markdown([judged(rule(), UP)]) == ""
 
 
+def test_why_it_is_undecided_stands_beside_the_number():
+    closed = judged(rule("gate", "check"), DOWN)
+    lines = verdict_lines([judged(rule(), UP, gates=[closed]), judged(rule("04-none"), over_seeds({}))], 140)
+    assert "undecided 2.50 [2.25, 2.75] (gate gate failed)" in lines[0] and "undecided (no number)" in lines[1]
+
+
 def test_holms_correction_names_what_it_does_not_leave():
     strong, weak = (replace(judged(rule(id), UP), holm=holm) for id, holm in (("a", 0.01), ("b", 0.2)))
     assert in_sum([strong])[0].endswith("all decided ones stand.")
