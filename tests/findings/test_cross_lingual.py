@@ -32,7 +32,7 @@ def test_what_crosses_is_told_from_names(scan):
     for word, values in {"own": own, "facts": own + other, "names": other + name}.items():
         found = tier_lifts(world, values + noise, rows, queries, top=0.05).assign(seed=1)
         x[word], y[word] = crossing(found).value, meaning(found).value
-    assert x["own"] < 0.1 and x["facts"] > 0.5 and y["facts"] > 10 > 3 > y["names"], (x, y)
+    assert x["own"] < 0.1 and x["facts"] > 0.5 and not y["facts"] <= 10 and y["names"] < 3, (x, y)
 
 
 def test_x_stands_beside_what_has_crossed():

@@ -13,7 +13,7 @@ from influence_kit.findings import families as grid
 from influence_kit.findings.chapter import Chapter
 from influence_kit.findings.profiles import PlantedGrid, load_profile
 from influence_kit.findings.trained import Trained, paired
-from influence_kit.measures.intervals import Estimate
+from influence_kit.measures.intervals import over_seeds
 
 
 @pytest.fixture(scope="module")
@@ -171,22 +171,8 @@ def test_pairs_that_say_nothing_are_refused(cast, run):
 
 def test_a_chapter_keeps_claims_and_replaces_one_of_the_same_id(tmp_path, monkeypatch):
     monkeypatch.setenv("INFLUENCE_KIT_FIGURES", str(tmp_path))
-    chapter = Chapter("99_test", "smoke")
-    for value in (0.1, 0.9):
-        chapter.claim("a", "it is large", "–", Estimate(value, value, value, 3, (1, 2, 3)), confirm_above=0.5)
-    (kept,) = json.loads((tmp_path / "claims" / "99_test.json").read_text())
-    assert kept["status"] == "confirmed" and kept["measured"] == 0.9 and kept["chapter"] == "99_test"
-
-
-def test_a_referee_stands_beside_its_claim_which_keeps_its_place(tmp_path, monkeypatch):
-    monkeypatch.setenv("INFLUENCE_KIT_FIGURES", str(tmp_path))
-    chapter = Chapter("99_test", "smoke")
-    for id, value in (("a", 1.0), ("b", 2.0), ("retraining", 3.0)):
-        chapter.claim(id, "it is large", "–", Estimate(value, value, value, 3, (1, 2, 3)), confirm_above=0.5)
-    made = chapter.refereed("a", "retraining", chapter.claims[2])
-    assert [claim.id for claim in chapter.claims] == ["a", "b", "retraining"] and chapter.claims[0] is made
-    assert made.referee is not None and made.referee.agreement == "agrees" and made.referee.measured == 3
-    written = json.loads((tmp_path / "claims" / "99_test.json").read_text())
-    assert written[0]["referee"]["claim"] == "retraining" and written[1]["referee"] is None
-    with pytest.raises(UserError, match="has made no claim 'c' yet, only a, b, retraining"):
-        chapter.refereed("c", "retraining", chapter.claims[0])
+    chapter = Chapter("00_start_here", "smoke")
+    for value in (-0.1, 0.9):
+        chapter.conclude("00-wrong-answer", over_seeds({1: value, 2: value + 0.01, 3: value - 0.01}))
+    (kept,) = json.loads((tmp_path / "claims" / "00_start_here.json").read_text())
+    assert kept["status"] == "passed" and kept["measured"] == 0.9 and kept["chapter"] == "00_start_here"

@@ -15,10 +15,10 @@ def test_accuracy_of_the_worse_of_two_models():
     assert found[[4, 8]].to_numpy().tolist() == [[1, 1], [0, 1]] and least(found[[4, 8]].to_numpy()) == 0.5
 
 
-def test_groups_are_measured_under_the_columns_own_name():
+def test_groups_are_measured_with_their_seeds():
     rows = pandas.DataFrame({"seed": 1, "size": [4, 4, 8], "loss": [1.0, 3.0, 5.0]})
     found = measured(rows, ["size"], "loss")
-    assert found.columns.tolist() == ["size", "loss", "low", "high"] and found["loss"].tolist() == [2, 5]
+    assert found["size"].tolist() == [4, 8] and found["estimate"].tolist() == found["seed_1"].tolist() == [2, 5]
 
 
 def test_what_is_shown_of_atlas_is_what_was_planted():
@@ -38,7 +38,7 @@ def test_what_is_shown_of_atlas_is_what_was_planted():
     )
     asked = questions(world, 2)
     assert set(asked["language"]) == {"first language", "second language"}
-    counts = statements([world])
+    counts = statements({11: world})
     assert set(counts["series"]) == {"in the query's language", "in the other one", "only in the other one"}
     assert (np.diff(counts[counts["series"] == "in the other one"]["estimate"]) <= 0).all()
     assert (counts["low"] == counts["high"]).all()
