@@ -44,17 +44,19 @@ def configure(architecture: str, vocabulary_size: int, width: int, depth: int, c
     Args:
         architecture: One of ARCHITECTURES.
         vocabulary_size: Number of token ids.
-        width: d, a multiple of 16.
+        width: d, 8 or a multiple of 16.
         depth: Number of blocks.
         context: Tokens of the longest sequence.
 
     Raises:
-        UserError: An unknown architecture, or a width that heads of 16 do not divide.
+        UserError: An unknown architecture, or another width.
     """
     if architecture not in ARCHITECTURES:
         raise UserError(f"architecture={architecture!r} is not known: choose one of {', '.join(ARCHITECTURES)}")
-    if width % 16 or width < 16:
-        raise UserError(f"width={width} must be a multiple of 16 (attention heads are 16 wide, or width / 4 if wider)")
+    if width != 8 and (width % 16 or width < 16):
+        raise UserError(
+            f"width={width} must be 8, or a multiple of 16 (attention heads are 16 wide, or width / 4 if wider)"
+        )
     transformers = _transformers()
     heads = max(1, min(width // 16, 4))
     common = {"vocab_size": vocabulary_size, "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": True}

@@ -23,9 +23,12 @@ from influence_kit.corpora.texts.wesnoth import campaign_lines
 from influence_kit.corpora.world import World, batch_of, token_columns
 from influence_kit.corpora.worlds import removal
 from influence_kit.errors import UserError
+from influence_kit.measures.checkpoints import READ, half_nat
 from influence_kit.recipes import Recipe, tuples
 
 if TYPE_CHECKING:
+    import pandas
+
     from influence_kit.engine.scores import Scores
 
 
@@ -98,14 +101,17 @@ def train(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> Non
 
 
 def influence(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
-    """Fit EK-FAC at one checkpoint and score the scan; write factors.safetensors and what `write_scores` writes."""
+    """Fit EK-FAC at one checkpoint and score the scan; write factors.safetensors and what `write_scores` writes.
+
+    fraction: Of training, or READ, the checkpoint at which the loss of what is asked is nearest `nats`.
+    """
     from influence_kit import models
     from influence_kit.engine.factors import Factors
     from influence_kit.engine.fitting import fit_ekfac
     from influence_kit.engine.scans import score
 
     world = World.load(inputs["world"])
-    model = models.load(inputs["model"], parameters["fraction"], parameters["device"])
+    model = models.load(inputs["model"], fraction_of(parameters, inputs, world), parameters["device"])
     rng = np.random.default_rng([parameters["seed"], 0x5CA7])
     total = world.sequences.num_rows
     fit_rows = np.sort(rng.permutation(total)[: parameters["fit"]])
@@ -138,6 +144,24 @@ def influence(parameters: dict, inputs: dict[str, Path], out: Path, progress) ->
     )
     write_scores(out, scores, rows, asked)
     os.replace(kept, out / "factors.safetensors")
+
+
+def fraction_of(parameters: dict, inputs: dict[str, Path], world: World) -> float:
+    """The fraction of training that a stage is about: as it is given, or that of the checkpoint to READ."""
+    if parameters["fraction"] != READ:
+        return parameters["fraction"]
+    answers = pq.read_table(inputs["model"] / "answers.parquet").to_pandas()
+    answers["fraction"] = answers["step"] / json.loads((inputs["model"] / "losses.json").read_text())["steps"]
+    return read_at(world, answers, parameters)
+
+
+def read_at(world: World, answers: pandas.DataFrame, parameters: dict) -> float:
+    """The kept checkpoint at which the mean loss of the scored queries of some `kinds` (none named: of all) is nearest `nats`."""
+    asked = scored_queries(world)
+    if parameters["kinds"]:
+        asked = asked[np.isin(world.queries["kind"].to_numpy(zero_copy_only=False)[asked], parameters["kinds"])]
+    trained = answers[answers["query"].isin(asked) & (answers["fraction"] > 0)]
+    return half_nat(trained, trained["fraction"].unique(), parameters["nats"])
 
 
 def scan_rows(world: World, limit: int, rng: np.random.Generator) -> np.ndarray:

@@ -24,16 +24,18 @@ from influence_kit.findings.profiles import (
     Size,
     TextGrid,
 )
+from influence_kit.measures.checkpoints import READ
 from influence_kit.recipes import Recipe, tuples
 from influence_kit.runner.stages import Stage
 
 END = 1.0
+Fraction = float | str  # of training, or READ
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One model of the grid: where it was trained, its seed and size, its scans by fraction of training, and what else is
-    made of such a scan, by kind and fraction."""
+    """One model of the grid: where it was trained, its seed and size, its scans by fraction of training (or READ: chosen
+    by the loss of the queries), and what else is made of such a scan, by kind and fraction."""
 
     corpus: str
     arm: str
@@ -41,8 +43,8 @@ class Planned:
     size: Size
     world: Stage
     model: Stage
-    influence: dict[float, Stage] = field(hash=False, compare=False)
-    extra: dict[tuple[str, float], Stage] = field(default_factory=dict, hash=False, compare=False)
+    influence: dict[Fraction, Stage] = field(hash=False, compare=False)
+    extra: dict[tuple[str, Fraction], Stage] = field(default_factory=dict, hash=False, compare=False)
 
     @property
     def stages(self) -> list[Stage]:
@@ -57,7 +59,7 @@ def planted_grid(
     profile: Profile,
     corpus: str,
     arms: Sequence[str] = ("base",),
-    fractions: Iterable[float] = (END,),
+    fractions: Iterable[Fraction] = (END,),
     widths: Iterable[int] | None = None,
     seeds: Iterable[int] | None = None,
     extra: Iterable[str] = (),
@@ -75,7 +77,7 @@ def planted_grid(
 def dialogue_grid(
     profile: Profile,
     arms: Sequence[str] = ("base",),
-    fractions: Iterable[float] = (END,),
+    fractions: Iterable[Fraction] = (END,),
     widths: Iterable[int] | None = None,
     seeds: Iterable[int] | None = None,
     extra: Iterable[str] = (),
@@ -106,7 +108,7 @@ def _of_arms(profile, grid: PlantedGrid | None, corpus, arms, fractions, widths,
 
 def text_grid(
     profile: Profile,
-    fractions: Iterable[float] = (END,),
+    fractions: Iterable[Fraction] = (END,),
     widths: Iterable[int] | None = None,
     seeds: Iterable[int] | None = None,
     extra: Iterable[str] = (),
@@ -225,7 +227,7 @@ def _trained(
     seed: int,
     size: Size,
     world: Stage,
-    fractions: Iterable[float],
+    fractions: Iterable[Fraction],
     extra: Iterable[str] = (),
 ) -> Planned:
     if size.pretrained:
@@ -234,7 +236,7 @@ def _trained(
     name = f"{kind} {arm} {size.width}x{size.depth}, seed {seed}"
     model = _model(grid.family, grid.scan, seed, size, world, name, profile.device)
     scans = {
-        fraction: _influence(profile, grid.scan, arm, seed, world, model, fraction, name) for fraction in fractions
+        fraction: _influence(profile, grid.scan, corpus, arm, seed, world, model, fraction, name) for fraction in fractions
     }
     made = {
         (kind, fraction): _extra(kind, grid.extra[kind], scan, fraction, name)
@@ -245,19 +247,20 @@ def _trained(
     return Planned(corpus, arm, seed, size, world, model, scans, made)
 
 
-def _extra(kind: str, own: dict, scan: Stage, fraction: float, name: str) -> Stage:
+def _extra(kind: str, own: dict, scan: Stage, fraction: Fraction, name: str) -> Stage:
     """A finding's own stage, about one checkpoint of a model."""
     made = extras()[kind]
-    parameters = {key: scan.parameters[key] for key in ("fraction", "seed", "damping", "layers", "device")}
+    taken = ("fraction", "nats", "kinds", "seed", "damping", "layers", "device")
+    parameters = {key: scan.parameters[key] for key in taken if key in scan.parameters}
     parameters |= {"model": scan.inputs["model"].parameters} if made.recipe else {}
     inputs = scan.inputs | ({"influence": scan} if made.scan else {})
     return Stage(
-        kind, made.function, {**own, **parameters}, inputs, label=f"{kind} of {name}, {fraction:.0%} of training"
+        kind, made.function, {**own, **parameters}, inputs, label=f"{kind} of {name}, {_when(fraction)}"
     )
 
 
 def _pretrained(
-    profile: Profile, scan: ScanSettings, seed: int, size: Size, world: Stage, fractions: Iterable[float]
+    profile: Profile, scan: ScanSettings, seed: int, size: Size, world: Stage, fractions: Iterable[Fraction]
 ) -> Planned:
     """A model from elsewhere, and the real-text world in its own tokens."""
     name = f"{Path(size.pretrained).name}, seed {seed}"
@@ -278,7 +281,7 @@ def _pretrained(
 
 
 def _model(family: Family, scan: ScanSettings, seed: int, size: Size, world: Stage, name: str, device: str) -> Stage:
-    checkpoints = sorted({0.0, *scan.fractions, END})
+    checkpoints = sorted({0.0, *scan.fractions, *scan.kept, END})
     recipe = {**family.recipe, "seed": seed, "learning_rate": size.learning_rate, "checkpoints": checkpoints}
     parameters = {
         "architecture": size.architecture or family.architecture,
@@ -297,7 +300,7 @@ def _model(family: Family, scan: ScanSettings, seed: int, size: Size, world: Sta
 
 
 def _influence(
-    profile, scan: ScanSettings, arm: str, seed: int, world: Stage, model: Stage, fraction: float, name: str
+    profile, scan: ScanSettings, corpus, arm: str, seed: int, world: Stage, model: Stage, fraction: Fraction, name: str
 ) -> Stage:
     whole = fraction in (0.0, END) and arm in ("base", "shuffled")
     parameters = {
@@ -309,5 +312,11 @@ def _influence(
         "layers": scan.layers,
         "device": profile.device,
     }
-    label = f"score {name}, {fraction:.0%} of training"
+    if fraction == READ:
+        parameters |= {"nats": scan.nats, "kinds": list(scan.kinds or getattr(PLANTED.get(corpus), "asks", ()))}
+    label = f"score {name}, {_when(fraction)}"
     return Stage("influence", common.influence, parameters, {"world": world, "model": model}, label=label)
+
+
+def _when(fraction: Fraction) -> str:
+    return "where it is read" if isinstance(fraction, str) else f"{fraction:.0%} of training"

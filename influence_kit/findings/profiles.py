@@ -109,7 +109,7 @@ class Size(_Strict):
     """One model of a family: width, depth and peak learning rate, and an architecture other than the family's; or `pretrained`, a
     folder or hub name (real text only)."""
 
-    width: int = Field(16, ge=16, le=LARGEST, multiple_of=16)
+    width: int = Field(16, ge=8, le=LARGEST, multiple_of=8)
     depth: Count = 1
     learning_rate: float = Field(3e-3, gt=0, le=10)
     architecture: Literal["", *ARCHITECTURES] = ""  # type: ignore[valid-type]
@@ -145,10 +145,13 @@ class ScanSettings(_Strict):
     sequences: Count = 12_000
     path: Count = 6_000  # sequences scanned before the end of training, and in arms but `shuffled`
     fractions: Several[Share] = ()  # of training, beside 0 (untrained) and 1 (the end)
+    kept: Several[Share] = ()  # more checkpoints, of which the one to read is chosen
+    nats: float = Field(0.5, gt=0)  # the loss of the queries at the checkpoint to read
+    kinds: Several[str] = ()  # of those queries; by default those that the world asks
     damping: float = Field(0.1, ge=0)
     layers: str = Field("mlp", min_length=1)
 
-    @field_validator("fractions")
+    @field_validator("fractions", "kept")
     @classmethod
     def _in_order(cls, fractions: tuple[float, ...]) -> tuple[float, ...]:
         if list(fractions) != sorted(set(fractions)):

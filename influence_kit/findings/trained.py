@@ -14,7 +14,8 @@ import numpy as np
 from influence_kit.corpora.world import World, batch_of
 from influence_kit.corpora.worlds import WORLDS
 from influence_kit.errors import UserError
-from influence_kit.findings import families
+from influence_kit.findings import common, families
+from influence_kit.measures.checkpoints import READ
 from influence_kit.runner.machine import threads
 from influence_kit.runner.stages import ensure
 
@@ -84,9 +85,15 @@ class Trained:
         return self.planned.size.width
 
     @property
-    def fractions(self) -> list[float]:
+    def fractions(self) -> list[families.Fraction]:
         """The fractions of training at which this model is scored."""
-        return sorted(self.planned.influence)
+        return sorted(self.planned.influence, key=self.at)
+
+    def at(self, fraction: families.Fraction) -> float:
+        """A fraction of training; that of the checkpoint to READ, which the loss of the queries decides."""
+        if fraction != READ:
+            return float(fraction)
+        return common.read_at(self.world, self.answers, self.planned.influence[READ].parameters)
 
     @property
     def world(self) -> World:
@@ -113,12 +120,12 @@ class Trained:
         answers["fraction"] = answers["step"] / self.losses["steps"]
         return answers.join(planted, on="query")
 
-    def held_out_loss(self, fraction: float = 1.0) -> float:
+    def held_out_loss(self, fraction: families.Fraction = 1.0) -> float:
         """Mean loss in nats a token on sequences never trained on, at a kept checkpoint."""
         steps = np.array(self.losses["held_out_step"])
-        return self.losses["held_out"][int(np.abs(steps - fraction * self.losses["steps"]).argmin())]
+        return self.losses["held_out"][int(np.abs(steps - self.at(fraction) * self.losses["steps"]).argmin())]
 
-    def scan(self, fraction: float = 1.0, kind: str | None = "") -> Scanned:
+    def scan(self, fraction: families.Fraction = 1.0, kind: str | None = "") -> Scanned:
         """The influence scores at a fraction of training.
 
         Args:
@@ -139,22 +146,22 @@ class Trained:
             found = Scanned(scores, found.rows, found.queries[chosen])
         return found
 
-    def extra(self, kind: str, fraction: float = 1.0) -> Path:
+    def extra(self, kind: str, fraction: families.Fraction = 1.0) -> Path:
         """The folder that a stage of this kind wrote about the scan at a fraction; asked for by `extra=` when the models were."""
         if (kind, fraction) not in self.planned.extra:
-            made = ", ".join(f"{kind} at {f:g}" for kind, f in self.planned.extra) or "none"
+            made = ", ".join(f"{kind} at {f}" for kind, f in self.planned.extra) or "none"
             raise UserError(
-                f"no {kind!r} was made at {fraction:g} of training, only {made}: name it in the profile's `extra`"
+                f"no {kind!r} was made at {fraction} of training, only {made}: name it in the profile's `extra`"
             )
         return ensure(self.planned.extra[kind, fraction])
 
-    def model(self, fraction: float = 1.0) -> nn.Module:
+    def model(self, fraction: families.Fraction = 1.0) -> nn.Module:
         """The model at a kept checkpoint."""
         from influence_kit.models import load
 
-        return load(ensure(self.planned.model), fraction)
+        return load(ensure(self.planned.model), self.at(fraction))
 
-    def factors(self, fraction: float = 1.0) -> Factors:
+    def factors(self, fraction: families.Fraction = 1.0) -> Factors:
         """The EK-FAC factors that the scan used."""
         from influence_kit.engine.factors import Factors
 
@@ -164,7 +171,7 @@ class Trained:
         self,
         query: int,
         k: int = 5,
-        fraction: float = 1.0,
+        fraction: families.Fraction = 1.0,
         title: str = "",
         labels: Mapping[int, str] | Callable[[int], str] | None = None,
         kind: str | None = "",

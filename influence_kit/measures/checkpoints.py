@@ -11,6 +11,8 @@ from influence_kit.errors import UserError
 if TYPE_CHECKING:
     import pandas
 
+READ = "read"  # in place of a fraction of training: the kept checkpoint that a finding reads, `half_nat` of what is asked
+
 
 def nearest(fraction: float, fractions: Iterable[float]) -> float:
     """The one of `fractions` that is nearest to a fraction of training; of equally near ones the first."""

@@ -61,6 +61,7 @@ class Atlas:
     shuffled: bool = False  # control: every statement gets a random value, so there is nothing to know
     held_out: int = 1_000
     queries: int = 40  # for each language, of facts in both; as many of facts only in the other language
+    alone: int = 0  # for each language, of facts that it alone states, each with its translation beside
 
     def __post_init__(self):
         for name in ("noise_share", "language_share", "anchor_share", "both_share"):
@@ -134,9 +135,10 @@ def build(world: Atlas) -> World:
     """Generate the corpus, its truth and its queries from the parameters alone (same seed, same bytes).
 
     Columns of sequences: language (0, 1, -1), kind ("facts", "noise", "canary", "identity"), facts int32 [facts a
-    document] (-1 where none), canary (id or -1). Queries: kind ("fact", "canary"), fact, language, availability,
+    document] (-1 where none), canary (id or -1). Queries: kind ("fact", "alone" and its
+    "translation", "canary"), fact, language, availability,
     statements_same / statements_other (their number in the whole corpus), canary, repetitions, scored (facts in both
-    languages, canaries).
+    languages, facts alone, canaries).
 
     Raises:
         UserError: more or fewer statements than the facts can share, or too few noise documents for the canaries.
@@ -376,26 +378,34 @@ def _table(rows: dict[str, np.ndarray]) -> pa.Table:
 
 
 def _queries(known: Known, rng: np.random.Generator, statements: np.ndarray, train: dict[str, np.ndarray]) -> pa.Table:
-    """Fact queries in each language, of facts in both languages and of facts only in the other one; and canaries."""
+    """Fact queries in each language, of facts in both languages and of facts only in the other one; facts that one language
+    alone states, asked there and, in the same words, in the other one; and canaries."""
     world, lexicon = known.world, known.lexicon
     tokens, answers, rows = [], [], []
+
+    def ask(kind: str, fact: int, language: int, template: int, filler: int) -> None:
+        entity, relation = divmod(fact, world.relations)
+        words = lexicon.words[language, relation, template].tolist()
+        value = lexicon.values[language, relation, known.truth[entity, relation]]
+        tokens.append([0, filler, int(lexicon.names[language, entity]), *words, int(value)])
+        answers.append(len(tokens[-1]) - 1)
+        stated = {
+            "statements_same": statements[language, fact],
+            "statements_other": statements[1 - language, fact],
+        }
+        where = AVAILABILITY[known.availability[fact]]
+        rows.append({"kind": kind, "fact": fact, "language": language, "availability": where, **stated})
+
     for language in (0, 1):
-        for kind in (0, 2 - language):  # facts in both languages, then facts only in the other one
-            for fact in rng.permutation(np.flatnonzero(known.availability == kind))[: world.queries]:
-                entity, relation = divmod(int(fact), world.relations)
+        for where in (0, 2 - language):  # facts in both languages, then facts only in the other one
+            for fact in rng.permutation(np.flatnonzero(known.availability == where))[: world.queries]:
                 template = int(rng.integers(world.templates))
-                words = lexicon.words[language, relation, template].tolist()
-                value = lexicon.values[language, relation, known.truth[entity, relation]]
-                filler = int(rng.choice(lexicon.fillers[language]))
-                tokens.append([0, filler, int(lexicon.names[language, entity]), *words, int(value)])
-                answers.append(len(tokens[-1]) - 1)
-                stated = {
-                    "statements_same": statements[language, fact],
-                    "statements_other": statements[1 - language, fact],
-                }
-                rows.append(
-                    {"kind": "fact", "fact": fact, "language": language, "availability": AVAILABILITY[kind], **stated}
-                )
+                ask("fact", int(fact), language, template, int(rng.choice(lexicon.fillers[language])))
+    for language in (0, 1):
+        for fact in rng.permutation(np.flatnonzero(known.availability == 1 + language))[: world.alone]:
+            template, filler = int(rng.integers(world.templates)), int(rng.integers(world.filler_words))
+            for kind, spoken in (("alone", language), ("translation", 1 - language)):
+                ask(kind, int(fact), spoken, template, int(lexicon.fillers[spoken, filler]))
     for number, times in enumerate(np.repeat(world.repetitions, world.canaries)):
         tokens.append(train["tokens"][np.flatnonzero(train["canary"] == number)[0]].tolist())
         answers.append(world.length // 2)
@@ -405,5 +415,5 @@ def _queries(known: Known, rng: np.random.Generator, statements: np.ndarray, tra
     mask = (np.array(answers)[:, None] <= places) & (places < ends)
     names = ("kind", "fact", "language", "availability", "statements_same", "statements_other", "canary", "repetitions")
     columns = {name: [row.get(name, -1) for row in rows] for name in names}
-    columns["scored"] = [row["kind"] == "canary" or row["availability"] == "both" for row in rows]
+    columns["scored"] = [row["kind"] != "fact" or row["availability"] == "both" for row in rows]
     return pa.table({**token_columns(padded, mask), **in_words(lexicon.vocabulary, padded, mask), **columns})
