@@ -236,7 +236,8 @@ def _trained(
     name = f"{kind} {arm} {size.width}x{size.depth}, seed {seed}"
     model = _model(grid.family, grid.scan, seed, size, world, name, profile.device)
     scans = {
-        fraction: _influence(profile, grid.scan, corpus, arm, seed, world, model, fraction, name) for fraction in fractions
+        fraction: _influence(profile, grid.scan, corpus, arm, seed, world, model, fraction, name)
+        for fraction in fractions
     }
     made = {
         (kind, fraction): _extra(kind, grid.extra[kind], scan, fraction, name)
@@ -254,9 +255,7 @@ def _extra(kind: str, own: dict, scan: Stage, fraction: Fraction, name: str) -> 
     parameters = {key: scan.parameters[key] for key in taken if key in scan.parameters}
     parameters |= {"model": scan.inputs["model"].parameters} if made.recipe else {}
     inputs = scan.inputs | ({"influence": scan} if made.scan else {})
-    return Stage(
-        kind, made.function, {**own, **parameters}, inputs, label=f"{kind} of {name}, {_when(fraction)}"
-    )
+    return Stage(kind, made.function, {**own, **parameters}, inputs, label=f"{kind} of {name}, {_when(fraction)}")
 
 
 def _pretrained(

@@ -109,11 +109,18 @@ class Size(_Strict):
     """One model of a family: width, depth and peak learning rate, and an architecture other than the family's; or `pretrained`, a
     folder or hub name (real text only)."""
 
-    width: int = Field(16, ge=8, le=LARGEST, multiple_of=8)
+    width: int = Field(16, ge=8, le=LARGEST)
     depth: Count = 1
     learning_rate: float = Field(3e-3, gt=0, le=10)
     architecture: Literal["", *ARCHITECTURES] = ""  # type: ignore[valid-type]
     pretrained: str = ""
+
+    @field_validator("width")
+    @classmethod
+    def _of_heads(cls, width: int) -> int:
+        if width != 8 and width % 16:
+            raise ValueError(f"{width} must be 8 or a multiple of 16")
+        return width
 
     @field_validator("pretrained")
     @classmethod

@@ -11,7 +11,9 @@ from influence_kit.errors import UserError
 if TYPE_CHECKING:
     import pandas
 
-READ = "read"  # in place of a fraction of training: the kept checkpoint that a finding reads, `half_nat` of what is asked
+READ = (
+    "read"  # in place of a fraction of training: the kept checkpoint that a finding reads, `half_nat` of what is asked
+)
 
 
 def nearest(fraction: float, fractions: Iterable[float]) -> float:

@@ -48,7 +48,7 @@ def test_unknown_profile_lists_the_known_ones():
         (("atlas", "family", "sizes"), [], "sizes=.* must have at least 1 item"),
         (("atlas", "family", "sizes", 0, "learning_rate"), float("inf"), "learning_rate=inf must be a finite number"),
         (("atlas", "family", "sizes", 0, "learning_rate"), "1e-3", r"learning_rate='1e-3' .*YAML reads 1e-3 as text"),
-        (("atlas", "family", "sizes", 0, "width"), 24, "sizes.0.width=24 must be a multiple of 16"),
+        (("atlas", "family", "sizes", 0, "width"), 24, "sizes.0.width: 24 must be 8 or a multiple of 16"),
         (("atlas", "scan", "fractions"), [1.5], "atlas.scan.fractions.0=1.5 must be less than 1"),
         (("atlas", "scan", "fractions"), [0.5, 0.2], "must rise"),
         (("atlas", "scan", "layers"), "(", "'\\(' must be mlp, all, or a regular expression"),
@@ -230,11 +230,11 @@ def test_a_profile_may_leave_a_world_out(tmp_path):
 
 def test_arms_change_the_world_and_nothing_else():
     profile = load_profile("laptop")
-    base, minority = (grid.planted_grid(profile, "atlas", [arm], (), [32], [11])[0] for arm in ("base", "minority"))
-    assert minority.world.parameters == base.world.parameters | profile.atlas.arms["minority"].world
-    assert minority.model.parameters == base.model.parameters and minority.influence == {}
-    assert minority.model.fingerprint != base.model.fingerprint
-    assert not grid.planted_grid(profile, "atlas", ["minority"], widths=[64])  # the arm has no such width
+    base, turned = (grid.planted_grid(profile, "atlas", [arm], (), [64], [11])[0] for arm in ("base", "reversed"))
+    assert turned.world.parameters == base.world.parameters | profile.atlas.arms["reversed"].world
+    assert turned.model.parameters == base.model.parameters and turned.influence == {}
+    assert turned.model.fingerprint != base.model.fingerprint
+    assert not grid.planted_grid(profile, "atlas", ["reversed"], widths=[32])  # the arm has no such width
     assert not grid.planted_grid(profile, "atlas", ["no_such_arm"])
 
 
