@@ -33,6 +33,22 @@ def listed(claims: Iterable[Claim], spec: str = ".3f") -> Markdown:
     return Markdown("\n".join(f"- {said(claim, spec)}" for claim in claims))
 
 
+def answered(claim: Claim, yes: str, no: str) -> str:
+    """What a verdict answers: `yes` where it is confirmed, `no` where it is refuted or finds nothing, else that it is open."""
+    if claim.status == "undecided":
+        return f"Open ({claim.reason}): {claim.claim[0].lower()}{claim.claim[1:]}"
+    return yes if claim.status == "confirmed" else no
+
+
+def refereed(claim: Claim) -> str:
+    """What another method says of a claim, in a sentence: `Retraining agrees: 2.1 [1.5, 2.7] nats.`"""
+    if (by := claim.referee) is None:
+        return ""
+    word = {"undecided": "leaves it undecided"}.get(by.agreement, by.agreement)
+    low, high = by.interval
+    return f"{by.method[0].upper()}{by.method[1:]} {word}: {by.measured:.2g} [{low:.2g}, {high:.2g}] {by.unit}."
+
+
 def slug(name: str) -> str:
     """A name as part of a claim's id: "real text" gives "real-text"."""
     return name.replace(" ", "-").replace("_", "-").lower()

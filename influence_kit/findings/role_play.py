@@ -2,15 +2,15 @@
 being equal; and in real dialogue, do a speaker's lines count for more than others' that share as many words?
 
 An effect is the lift of one tier over that of another which shares the same words with the query but for the ones that
-the effect is named after: `persona` adds the persona, `planner` the goal and the question, `rule` the goal alone to
-documents that have the question and the action already; `description` adds nothing, its two tiers share the persona
-only. A bare lift says little: documents that share an action word only reach high ones too. What the added word does by
-being the same word is to be read off a world in which it means nothing: the persona in the planning world, goal and
-question in the two others.
+the effect is named after: `persona` adds the persona, `planner` the goal and the question; `description` adds nothing,
+its two tiers share the persona only. A bare lift says little: documents that share an action word only reach high ones
+too. What the added word does by being the same word is to be read off a world in which it means nothing: the persona in
+the planning world, goal and question in the two others. That is why the chapter's number is the interaction of world
+and effect.
 
 A ratio adds chance, a lift of 1, to both lifts: it has a value where a tier never comes up, and is 1 where neither is
-common in the top, whatever the ratio of two small numbers. Ratios are averaged over seeds on the log scale: one tier
-ten times as common and one a tenth as common average to 1.
+common in the top, whatever the ratio of two small numbers. It is computed within a seed and averaged over seeds as a
+logarithm: one tier ten times as common and one a tenth as common average to 1.
 
 In dialogue each line of the one kind is compared with the lines of the other kind that come next to it in token overlap
 with the query, below and above, weighted so that their mean overlap is its own, and that come from the query's scenario
@@ -21,7 +21,6 @@ give.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,11 +29,11 @@ from influence_kit.corpora.texts.wesnoth import NARRATOR
 from influence_kit.corpora.world import World
 from influence_kit.corpora.worlds.cast import tiers
 from influence_kit.errors import UserError
-from influence_kit.findings.families import END, Planned, dialogue_grid, planted_grid
+from influence_kit.findings.families import Planned, dialogue_grid, planted_grid
 from influence_kit.findings.profiles import Profile
 from influence_kit.findings.trained import Trained, paired
-from influence_kit.measures.checkpoints import half_nat
-from influence_kit.measures.intervals import Estimate, difference_of, estimate_of, pick
+from influence_kit.measures.checkpoints import READ
+from influence_kit.measures.intervals import Estimate, gaps, over_seeds, pick
 from influence_kit.measures.lexical import bm25, target_counts
 from influence_kit.measures.lifts import auc, lift
 
@@ -48,7 +47,6 @@ SOURCES = {"imitation": "demonstrations", "description only": "descriptions", "p
 EFFECTS = {
     "persona": ("demo_persona_action", "demo_action"),
     "planner": ("planner_pair_action", "planner_action"),
-    "rule": ("planner_pair_action", "planner_question_action"),
     "description": ("description_persona_dimension", "description_persona"),
     # The same words where they are only mentioned: what sharing them does by itself.
     "persona_mention": ("neutral_persona_action", "neutral_action"),
@@ -66,15 +64,18 @@ RELATIONS = {
     "planner_action": "planner, same action only",
     "description_persona_dimension": "description of this trait",
 }
+OWN = {"imitation": ("persona", "demo_persona_action"), "planning only": ("planner", "planner_pair_action")}
+RIVALS = {"imitation": "planners", "planning only": "demonstrations"}  # what the other world's answers come from
 FAMILIES = {"base": "named", "unnamed": "unnamed"}  # of dialogue, by their arm
+FEW = 3  # seeds of what is exploratory and costs training
 
 
 def reads(profile: Profile) -> list[Planned]:
-    """The three worlds of Cast along training and with documents taken out, and spoken lines with and without names."""
-    found = dialogue_grid(profile, tuple(FAMILIES))
+    """The three worlds of Cast, the same with documents taken out, and spoken lines with and without names."""
+    found = dialogue_grid(profile, tuple(FAMILIES), seeds=profile.seeds[:FEW])
     if profile.cast is None:
         return found
-    worlds = planted_grid(profile, "cast", tuple(WORLDS), (*profile.cast.scan.fractions, END))
+    worlds = planted_grid(profile, "cast", tuple(WORLDS), (READ,))
     return worlds + planted_grid(profile, "cast", dropped_arms(profile), ()) + found
 
 
@@ -116,75 +117,44 @@ def contrasts(scores, tiers: Mapping[str, np.ndarray], top: float = 0.01) -> pan
     return pandas.concat(found, ignore_index=True)
 
 
-def log_ratio(values: np.ndarray, axis: int = 0) -> np.ndarray:
-    """log2 of the mean first lift over the mean second, chance added to both: [..., units, 2], `axis` the units'."""
-    first, second = np.moveaxis(np.mean(values, axis=axis), -1, 0)
-    return np.log2((first + CHANCE) / (second + CHANCE))
-
-
-def effect(rows: pandas.DataFrame, **options) -> Estimate:
-    """One effect's ratio with its interval.
-
-    Ratio of the mean lifts over queries within a seed, averaged over seeds on the log scale. nan where no query has
-    both
-    tiers: in the imitation world nobody who is asked was described, so there is no description effect.
+def ratios(rows: pandas.DataFrame) -> pandas.DataFrame:
+    """Each effect in each world within each seed: ratio of the mean lifts over queries, chance added to both.
 
     Args:
-        rows: Of `contrasts`, of that effect, with a column seed.
-        options: Of `measures.intervals.bootstrap`.
+        rows: Of `contrasts`, with columns world and seed.
+
+    Returns:
+        A row a seed, a column (effect, world); nan where no query has both tiers: in the imitation world nobody who is
+        asked was described, so there is no description effect.
     """
-    return _raised(estimate_of(rows, LIFTS, log_ratio, **options))
-
-
-def quotient_of_effects(rows: pandas.DataFrame, others: pandas.DataFrame, **options) -> Estimate:
-    """One effect's ratio over another's, within each seed: both as in `effect`, of the same seeds.
-
-    Raises:
-        UserError: Only one of them has a seed.
-    """
-    return _raised(difference_of(rows, others, LIFTS, statistic=log_ratio, **options))
-
-
-def _raised(logs: Estimate) -> Estimate:
-    return replace(logs, value=2.0**logs.value, low=2.0**logs.low, high=2.0**logs.high)
-
-
-def effects(rows: pandas.DataFrame, names: Iterable[str] = tuple(EFFECTS)) -> dict[tuple[str, str], Estimate]:
-    """`effect` by (effect, world), of rows of `read`; a world in which an effect's tiers are empty has none."""
-    parts = {(name, world): pick(rows, effect=name, world=world) for name in names for world in WORLDS.values()}
-    return {key: effect(part) for key, part in parts.items() if part["first"].notna().any()}
-
-
-def effects_along(rows: pandas.DataFrame, names: Iterable[str]) -> pandas.DataFrame:
-    """log2 of effects at each fraction of training: model (the world), effect, fraction, log2_effect, low, high."""
     import pandas
 
-    at = {fraction: effects(part, names) for fraction, part in rows.groupby("fraction")}
-    return pandas.DataFrame(
-        {
-            "model": world,
-            "effect": f"{name} effect",
-            "fraction": fraction,
-            "log2_effect": np.log2(found[name, world].value),
-            "low": np.log2(found[name, world].low),
-            "high": np.log2(found[name, world].high),
-        }
-        for name in names
-        for world in WORLDS.values()
-        for fraction, found in at.items()
-        if (name, world) in found
-    )
+    lifts = rows.dropna(subset=LIFTS).groupby(["effect", "world", "seed"])[LIFTS].mean() + CHANCE
+    found = (lifts["first"] / lifts["second"]).unstack(["effect", "world"])
+    every = pandas.MultiIndex.from_product([EFFECTS, WORLDS.values()], names=["effect", "world"])
+    return found.reindex(index=sorted(rows["seed"].unique()), columns=every)
+
+
+def averaged(ratios: pandas.Series) -> Estimate:
+    """Ratios of seeds, averaged as logarithms, with their interval."""
+    return over_seeds(ratios, "log")
+
+
+def interaction(ratios: pandas.DataFrame) -> Estimate:
+    """How many times as large the two effects are, together, where they are the source of the answers as where they are not.
+
+    Args:
+        ratios: Of `ratios`.
+    """
+    persona, planner = ratios["persona"], ratios["planner"]
+    imitated = persona["imitation"] / persona["planning only"]
+    return averaged(imitated * planner["planning only"] / planner["imitation"])
 
 
 def _preference(scores: np.ndarray, first: np.ndarray, second: np.ndarray) -> list[float]:
     """Area under the curve between the two tiers, [Q]."""
     pairs = ((row[a | b], a[a | b]) for row, a, b in zip(scores, first, second))
     return [float(auc(row, member)) if len(row) else np.nan for row, member in pairs]
-
-
-def checkpoint(trained: Trained, fractions: Iterable[float], nats: float) -> float:
-    """The fraction of training at which a model is read: where its queries' mean loss is nearest `nats`."""
-    return half_nat(trained.answers, fractions, nats)
 
 
 def _about(trained: Trained) -> dict[str, object]:
@@ -195,17 +165,16 @@ def _members(trained: Trained, scan) -> dict[str, np.ndarray]:
     return {name: member[scan.queries] for name, member in tiers(trained.world, scan.rows).items()}
 
 
-def read(trained: Trained, fraction: float, form: str, top: float) -> pandas.DataFrame:
-    """`contrasts` of one checkpoint by a form of the score, with its world, size, seed and fraction of training."""
-    scan = trained.scan(fraction)
-    found = contrasts(getattr(scan, form), _members(trained, scan), top)
-    return found.assign(**_about(trained), fraction=fraction)
+def read(trained: Trained, form: str, top: float) -> pandas.DataFrame:
+    """`contrasts` of a model where it is read by a form of the score, with its world, size and seed."""
+    scan = trained.scan(READ)
+    return contrasts(getattr(scan, form), _members(trained, scan), top).assign(**_about(trained))
 
 
-def answers(trained: Trained, fraction: float) -> pandas.DataFrame:
-    """What a model of a world answers at the kept checkpoint nearest a fraction of training: with world, size, seed and
-    `read_at`, that fraction."""
-    return _answers(trained, fraction).assign(**_about(trained), read_at=fraction)
+def answers(trained: Trained) -> pandas.DataFrame:
+    """What a model of a world answers where it is read: with world, size, seed and `read_at`, a fraction of training."""
+    read_at = trained.at(READ)
+    return _answers(trained, read_at).assign(**_about(trained), read_at=read_at)
 
 
 def _answers(trained: Trained, fraction: float) -> pandas.DataFrame:
@@ -281,12 +250,12 @@ def removals(runs: Iterable[Trained], again: Iterable[Trained]) -> list[tuple[Tr
     return found
 
 
-def removed(base: Trained, again: Trained, fraction: float) -> pandas.DataFrame:
+def removed(base: Trained, again: Trained) -> pandas.DataFrame:
     """`changes` by retraining, and as influence foretells them, with by, world, dropped (kind of document) and seed."""
     import pandas
 
-    dropped, scan = again.world.parameters["dropped"], base.scan(fraction)
-    before, after = (_answers(run, fraction) for run in (base, again))
+    dropped, scan = again.world.parameters["dropped"], base.scan(READ)
+    before, after = (_answers(run, base.at(READ)) for run in (base, again))
     treated, units = after["treated"].to_numpy(bool), _units(again.world)
     gone = again.world.sequences["replaced"].to_numpy(zero_copy_only=False)[scan.rows]
     foretold = predicted_removal(scan.raw, gone)
@@ -306,39 +275,51 @@ def _units(world: World) -> np.ndarray:
     return asked["persona"].to_numpy()
 
 
-def difference_of_removals(rows: pandas.DataFrame, others: pandas.DataFrame, **options) -> Estimate:
-    """The difference in differences of one removal less that of another, within each seed: nats, with its interval.
+def costs(rows: pandas.DataFrame) -> pandas.DataFrame:
+    """What taking documents out costs the queries that they concern beyond all others, nats.
 
     Args:
-        rows: Of `changes`, with a column seed.
-        others: Likewise, of the same seeds.
-        options: Of `measures.intervals.difference`.
+        rows: Of `removed`.
 
-    Raises:
-        UserError: Only one of them has a seed.
+    Returns:
+        A row a seed, a column (by, world, dropped).
     """
-    return difference_of(rows, others, ["change", "treated"], statistic=_gap, **options)
+    return -gaps(rows, ["by", "world", "dropped", "seed"]).unstack(["by", "world", "dropped"])
 
 
-def _gap(values: np.ndarray, axis: int = 0) -> np.ndarray:
-    """Mean change of treated units less that of the others: [..., units, 2] of change and treated, `axis` the units'.
+def beyond_rival(costs: pandas.DataFrame) -> pandas.DataFrame:
+    """What taking out a world's own source costs beyond taking out that of the other world, by retraining: a row a seed, a
+    column a world of OWN; nats."""
+    import pandas
 
-    nan where a resample has only one of the two.
-    """
-    change, treated = values[..., 0], values[..., 1]
-    with np.errstate(invalid="ignore"):
-        gone, kept = ((change * side).sum(axis) / side.sum(axis) for side in (treated, 1 - treated))
-    return gone - kept
+    by = costs["retraining"]
+    return pandas.DataFrame({world: by[world, SOURCES[world]] - by[world, RIVALS[world]] for world in OWN})
 
 
-def card(trained: Trained, fraction: float, title: str) -> CardView:
-    """The first query that a model answers right and that documents of its world's source bear on."""
-    scan, source = trained.scan(fraction), {"imitation": "demo_persona_action", "planning only": "planner_pair_action"}
-    members = _members(trained, scan)
-    right = _answers(trained, fraction)["correct"].to_numpy(bool)[scan.queries]
-    query = int(np.argmax(right & members[source[WORLDS[trained.arm]]].any(1)))
-    labels = {int(place): word for name, word in RELATIONS.items() for place in np.flatnonzero(members[name][query])}
-    return trained.card(query, k=4, fraction=fraction, title=title, labels=lambda place: labels.get(place, "other"))
+def middling(trained: Trained, form: str) -> int:
+    """The query whose own source stands middling high in its ranking: row of `trained.scan(READ)`."""
+    effect, _ = OWN[WORLDS[trained.arm]]
+    high = pick(read(trained, form, 0.01), effect=effect)["preference"].to_numpy()
+    order = np.argsort(high, kind="stable")  # nan, where there is no such document, comes last
+    return int(order[np.isfinite(high).sum() // 2])
+
+
+def _labels(trained: Trained, query: int) -> dict[int, str]:
+    members = _members(trained, trained.scan(READ))
+    return {int(place): word for name, word in RELATIONS.items() for place in np.flatnonzero(members[name][query])}
+
+
+def of_source(trained: Trained, query: int, k: int = 4) -> int:
+    """How many of a query's k most influential sequences are of the kind that its world's answers come from."""
+    top = np.argsort(-trained.scan(READ).raw[query], kind="stable")[:k]
+    labels, own = _labels(trained, query), RELATIONS[OWN[WORLDS[trained.arm]][1]]
+    return sum(labels.get(int(place)) == own for place in top)
+
+
+def card(trained: Trained, query: int, k: int = 4) -> CardView:
+    """A query with the sequences that count most for it, and what they are to it."""
+    labels, title = _labels(trained, query), f"The {WORLDS[trained.arm]} world"
+    return trained.card(query, k=k, fraction=READ, title=title, labels=lambda place: labels.get(place, "other"))
 
 
 def speaker_preference(
@@ -375,26 +356,9 @@ def speaker_preference(
     return found.assign(campaign=asked["campaign"], speaker=speaker)
 
 
-def side_preference(
-    world: World, values: np.ndarray, rows: np.ndarray, queries: np.ndarray, neighbours: int = 3
-) -> pandas.DataFrame:
-    """`speaker_preference` for lines of other speakers on the query's side, against lines of speakers on other sides.
-
-    Speakers whose side no scenario tells are left out.
-    """
-    asked, told, near = _who(world, rows, queries)
-    others = near & (told["speaker"][None] != asked["speaker"][:, None])
-    known = (told["side"] != "")[None] & (asked["side"] != "")[:, None]
-    same = told["side"][None] == asked["side"][:, None]
-    scene = told["scenario"][None] == asked["scenario"][:, None]
-    kinds = others & known & same, others & known & ~same
-    found = matched_preference(values, *kinds, word_overlap(world, rows, queries), scene, neighbours)
-    return found.assign(campaign=asked["campaign"], speaker=asked["speaker"])
-
-
 def _who(world: World, rows: np.ndarray, queries: np.ndarray) -> tuple[dict, dict, np.ndarray]:
     """Who speaks in queries and sequences, and where (columns by name), and whether in the query's campaign, [Q, N]."""
-    names = ("campaign", "speaker", "scenario", "side")
+    names = ("campaign", "speaker", "scenario")
     asked = {name: world.queries[name].to_numpy(zero_copy_only=False)[queries] for name in names}
     told = {name: world.sequences[name].to_numpy(zero_copy_only=False)[rows] for name in names}
     near = (asked["campaign"][:, None] == told["campaign"][None]) & (told["speaker"] != NARRATOR)[None]
@@ -506,16 +470,9 @@ def voices(trained: Trained, form: str, neighbours: int, shuffled: bool = False)
     return found.assign(loss=trained.held_out_loss(), untrained=trained.held_out_loss(0.0), **about)
 
 
-def sides(trained: Trained, form: str, neighbours: int) -> pandas.DataFrame:
-    """`side_preference` at the end of training, with size and seed."""
-    scan = trained.scan()
-    found = side_preference(trained.world, getattr(scan, form), scan.rows, scan.queries, neighbours)
-    return found.assign(seed=trained.seed, size=trained.parameters)
-
-
 def line_card(trained: Trained, preference: np.ndarray) -> CardView:
-    """The query [Q] that three quarters rank below by how much its speaker's lines are preferred, with who speaks."""
+    """The query [Q] that is middling in how much its speaker's lines are preferred, with who speaks."""
     scan = trained.scan()
-    query = int(np.argsort(np.nan_to_num(preference), kind="stable")[len(preference) * 3 // 4])
+    query = int(np.argsort(np.nan_to_num(preference), kind="stable")[len(preference) // 2])
     speakers = trained.world.sequences["speaker"].to_pylist()
     return trained.card(query, k=4, title="A held-out line", labels=lambda place: speakers[scan.rows[place]])

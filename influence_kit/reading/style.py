@@ -23,11 +23,13 @@ POOLS = {
     "methods": ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1a1a1a", "#7f5539"),
     "worlds": ("#882255", "#999933", "#332288", "#44aa99", "#cc6677", "#88ccee"),
     "languages": ("#004488", "#997700", "#994455", "#6699cc", "#ee99aa", "#eecc66"),
+    "roles": ("#117733", "#aa4499", "#b8860b"),
     "nulls": ("#6e6e6e", "#a3a3a3", "#c9c9c9"),
 }
 KNOWN = {
     "methods": {"EK-FAC": "#009e73", "influence": "#009e73", "gradient dot": "#cc79a7", "BM25": "#56b4e9"},
     "worlds": dict(zip(("Atlas", "Ladder", "Cast", "real text", "spoken lines"), POOLS["worlds"])),
+    "roles": dict(zip(("imitation", "description only", "planning only"), POOLS["roles"])),
     "languages": dict(zip(("English", "German", "Turkish", "Korean", "Chinese"), POOLS["languages"])),
 }
 

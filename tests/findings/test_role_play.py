@@ -10,20 +10,19 @@ from influence_kit.corpora.worlds.cast import Cast, build, tiers
 from influence_kit.errors import UserError
 from influence_kit.findings.role_play import (
     EFFECTS,
+    averaged,
+    beyond_rival,
     changes,
     contrasts,
-    difference_of_removals,
-    effect,
-    effects,
-    effects_along,
+    costs,
+    interaction,
     matched_preference,
     predicted_removal,
-    quotient_of_effects,
-    side_preference,
+    ratios,
     speaker_preference,
     word_overlap,
 )
-from influence_kit.measures.intervals import difference_in_differences
+from influence_kit.measures.intervals import difference_in_differences, over_seeds
 from influence_kit.measures.lifts import lift
 from tests.corpora.texts.test_dialogue import PARAMETERS, lines
 
@@ -33,30 +32,50 @@ def cast_tiers():
     return tiers(build(Cast(answer_from="planning", documents=12_000, queries=80, scored=80, personas=24)))
 
 
-def made_up(first, second, seed=11):
-    return pd.DataFrame({"first": first, "second": second, "seed": seed})
+def made_up(first, second, seed=11, effect="persona", world="imitation"):
+    return pd.DataFrame({"first": first, "second": second, "seed": seed, "effect": effect, "world": world})
 
 
-def of(rows, name, seed=11):
-    return rows[rows["effect"] == name].assign(seed=seed)
+def of(rows, name):
+    return rows[rows["effect"] == name]
+
+
+def effect_of(*tables):
+    return ratios(pd.concat(tables))["persona", "imitation"]
 
 
 def test_an_effect_is_a_ratio_of_means_with_chance_and_queries_without_a_tier_are_left_out():
-    found = effect(made_up([6.0, 4.0, np.nan], [3.0, 1.0, 9.0]))
-    assert found.value == pytest.approx((5 + 1) / (2 + 1)) and found.n == 2
+    assert effect_of(made_up([6.0, 4.0, np.nan], [3.0, 1.0, 9.0])).to_dict() == {11: pytest.approx((5 + 1) / (2 + 1))}
 
 
 def test_seeds_are_averaged_on_the_log_scale():
-    rows = pd.concat([made_up([15.0, 15.0], [1.0, 1.0]), made_up([1.0, 1.0], [3.0, 3.0], seed=12)])
-    found = effect(rows)
+    found = averaged(effect_of(made_up([15.0, 15.0], [1.0, 1.0]), made_up([1.0, 1.0], [3.0, 3.0], seed=12)))
     assert found.value == pytest.approx(2) and found.seeds == (11, 12) and found.low < 1 / 2 < 8 < found.high
 
 
 def test_chance_gives_every_ratio_a_value_and_none_an_effect_that_is_not_there():
-    assert effect(made_up([0.0, 0.0], [0.0, 0.0])).value == 1
-    assert effect(made_up([0.2, 0.0], [0.0, 0.0])).value == pytest.approx(1.1)
-    nothing = effect(made_up([np.nan], [1.0]))
-    assert np.isnan(nothing.value) and nothing.n == 0
+    assert effect_of(made_up([0.0, 0.0], [0.0, 0.0]))[11] == 1
+    assert effect_of(made_up([0.2, 0.0], [0.0, 0.0]))[11] == pytest.approx(1.1)
+    assert np.isnan(averaged(effect_of(made_up([np.nan], [1.0]))).value)
+
+
+def test_the_interaction_is_one_where_worlds_are_alike_and_finds_what_sets_them_apart():
+    told = {
+        ("persona", "imitation"): 7,
+        ("persona", "planning only"): 1,
+        ("planner", "imitation"): 3,
+        ("planner", "planning only"): 31,
+    }
+
+    def read(lifts):
+        parts = [made_up([lift], [1.0], seed, *key) for key, lift in lifts.items() for seed in (11, 12, 13)]
+        return interaction(ratios(pd.concat(parts)))
+
+    assert read(told).value == pytest.approx((8 / 2) * (32 / 4)) and len(read(told).per_seed) == 3
+    assert read(dict.fromkeys(told, 9.0)).value == 1
+    swapped = {key: told[key[0], {"imitation": "planning only", "planning only": "imitation"}[key[1]]] for key in told}
+    assert read(swapped).value == pytest.approx(1 / 32)
+    assert np.isnan(read({key: told[key] for key in list(told)[:3]}).value)
 
 
 def test_effects_find_what_caused_the_scores_and_nothing_else(cast_tiers):
@@ -65,13 +84,9 @@ def test_effects_find_what_caused_the_scores_and_nothing_else(cast_tiers):
     action = sum(member for name, member in cast_tiers.items() if name.endswith("action"))
     for cause, tier in (("persona", "demo_persona_action"), ("planner", "planner_pair_action")):
         rows = contrasts(noise + action + 2 * cast_tiers[tier], cast_tiers)
-        found = {name: effect(of(rows, name), draws=200) for name in EFFECTS}
-        caused = {"persona": {"persona"}, "planner": {"planner", "rule"}}[cause]
-        assert all(found[name].low > 3 for name in caused)
-        assert all(found[name].low < 1.6 and found[name].high > 0.6 for name in set(EFFECTS) - caused)
+        found = ratios(rows.assign(seed=11, world="imitation")).loc[11].xs("imitation", level="world")
+        assert found[cause] > 3 and found.drop(cause).between(0.4, 2).all()
         assert rows.groupby("effect")["preference"].mean()[cause] > 0.8
-        against = quotient_of_effects(of(rows, cause), of(rows, "persona_mention"), draws=200)
-        assert against.low > 2 and against.value == pytest.approx(found[cause].value / found["persona_mention"].value)
 
 
 def test_contrasts_are_the_lifts_of_their_tiers(cast_tiers):
@@ -86,13 +101,12 @@ def test_contrasts_are_the_lifts_of_their_tiers(cast_tiers):
 
 def test_preferences_compare_the_two_tiers_and_nothing_else(cast_tiers):
     scores = np.random.default_rng(2).random(cast_tiers["demo_rest"].shape) + 5 * cast_tiers["demo_rest"]
-    rows = contrasts(scores + 2 * cast_tiers["demo_persona_action"] - cast_tiers["planner_question_action"], cast_tiers)
+    rows = contrasts(scores + 2 * cast_tiers["demo_persona_action"], cast_tiers)
     found = {name: of(rows, name)["preference"].to_numpy() for name in EFFECTS}
     assert (found["persona"][~np.isnan(found["persona"])] == 1).all()
-    assert (found["rule"][~np.isnan(found["rule"])] == 1).all()
     assert np.nanmean(found["planner"]) == pytest.approx(0.5, abs=0.05)
-    lacking = ~cast_tiers["planner_question_action"].any(1)
-    assert lacking.any() and (np.isnan(found["rule"]) == lacking).all()
+    without = {**cast_tiers, "demo_action": np.zeros_like(cast_tiers["demo_action"])}
+    assert of(contrasts(scores, without), "persona")["preference"].isna().all()
 
 
 def test_tiers_of_something_else_are_refused(cast_tiers):
@@ -116,20 +130,20 @@ def test_difference_in_differences_by_hand_with_queries_of_one_unit_counted_once
     assert found.value == pytest.approx(-4 - 1) and found.low == pytest.approx(-6 - 2)
 
 
-def test_two_removals_are_compared_within_each_seed():
-    treated = np.array([True, True, True, False, False, False])
+def test_a_world_s_own_source_is_compared_with_the_other_s_within_each_seed():
+    treated = np.array([True, True, False, False])
 
-    def removal(cost, seed):
-        return changes(
-            np.zeros(6), np.array([-cost - 0.1, -cost, -cost + 0.1, 1.0, 1.0, 1.0]), treated, np.arange(6)
-        ).assign(seed=seed)
+    def removal(world, dropped, cost, seed):
+        rows = changes(np.zeros(4), np.array([-cost - 0.1, -cost + 0.1, 1.0, 1.0]), treated, np.arange(4))
+        return rows.assign(by="retraining", world=world, dropped=dropped, seed=seed)
 
-    dear = pd.concat([removal(3.0, 11), removal(4.0, 12)])
-    cheap = pd.concat([removal(1.0, 11), removal(2.0, 12)])
-    found = difference_of_removals(dear, cheap)
-    assert found.value == pytest.approx(-2) and found.seeds == (11, 12)
-    assert found.value == pytest.approx(difference_in_differences(dear).value - difference_in_differences(cheap).value)
-    assert found.interval == pytest.approx((-2, -2))
+    known = {("imitation", "demonstrations"): 3, ("imitation", "planners"): 1, ("planning only", "planners"): 9}
+    known["planning only", "demonstrations"] = 2
+    found = costs(pd.concat(removal(*key, cost + seed, seed) for key, cost in known.items() for seed in (11, 12)))
+    assert found["retraining", "imitation", "demonstrations"].tolist() == pytest.approx([3 + 11 + 1, 3 + 12 + 1])
+    beyond = beyond_rival(found)
+    assert over_seeds(beyond["imitation"]).value == pytest.approx(2)
+    assert over_seeds(beyond["planning only"]).value == pytest.approx(7)
 
 
 @pytest.mark.parametrize(
@@ -144,20 +158,6 @@ def test_two_removals_are_compared_within_each_seed():
 def test_changes_need_units_on_both_sides(treated, units, message):
     with pytest.raises(UserError, match=message):
         changes(np.zeros(3), np.zeros(3), np.array(treated), units)
-
-
-def test_effects_are_left_out_where_their_tiers_are_empty():
-    rows = pd.concat(
-        [
-            made_up([3.0, 3.0], [1.0, 1.0]).assign(effect="persona", world="imitation", fraction=0.5),
-            made_up([7.0, 7.0], [1.0, 1.0]).assign(effect="persona", world="imitation", fraction=1.0),
-            made_up([np.nan], [1.0]).assign(effect="description", world="imitation", fraction=1.0),
-        ]
-    )
-    found = effects(rows[rows["fraction"] == 1])
-    assert list(found) == [("persona", "imitation")] and found["persona", "imitation"].value == pytest.approx(4)
-    along = effects_along(rows, ("persona", "description"))
-    assert along["log2_effect"].tolist() == pytest.approx([1, 2]) and along["fraction"].tolist() == [0.5, 1.0]
 
 
 @pytest.fixture(scope="module")
@@ -204,17 +204,6 @@ def test_speakers_are_found_when_they_cause_the_scores_and_shuffled_ones_are_not
     own, others = (speaker_preference(world, scores, rows, queries, shuffled=s) for s in (False, True))
     assert own["preference"].mean() > 0.9 and others["preference"].mean() == pytest.approx(0.5, abs=0.12)
     assert (own["speaker"] == asked).all() and (others["speaker"] != asked).all()
-
-
-def test_sides_are_compared_without_the_speaker_s_own_lines(world):
-    rows, queries = np.arange(150), np.arange(10)
-    told, asked = (table["speaker"].to_numpy(zero_copy_only=False) for table in (world.sequences, world.queries))
-    side, sided = (table["side"].to_numpy(zero_copy_only=False) for table in (world.sequences, world.queries))
-    # Own lines are last: were they counted, their side would lose.
-    scores = np.random.default_rng(3).normal(size=(10, 150)) + 4 * (side[None] == sided[:, None])
-    found = side_preference(world, scores - 99 * (asked[:, None] == told[None]), rows, queries)
-    assert (found["preference"].isna() == (found["lines"] == 0)).all() and (found["lines"] > 0).sum() >= 5
-    assert found["preference"].mean() > 0.9
 
 
 def test_overlap_counts_what_is_said_and_not_the_name(world):
