@@ -237,7 +237,7 @@ def null_curves(n: int, draws: int) -> pandas.DataFrame:
     import pandas
 
     found = {kind.capitalize(): null_coverage(kind, FRACTIONS, n, draws) for kind in NULLS}
-    names = {"fractions": "share_of_sequences", "mean": "share_of_influence", "low": "low", "high": "high"}
+    names = {"fractions": "share_of_sequences", "mean": "estimate", "low": "low", "high": "high"}
     return pandas.concat(pandas.DataFrame(vars(c)).rename(columns=names).assign(null=kind) for kind, c in found.items())
 
 

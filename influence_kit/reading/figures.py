@@ -227,14 +227,14 @@ def coverage_curve(df: pandas.DataFrame, nulls: pandas.DataFrame | None = None, 
     """Share of positive influence held by the strongest share of sequences.
 
     Args:
-        df: group, share_of_sequences, share_of_influence (0 to 1), low, high; kind "trained" (the default; coloured by
+        df: group, share_of_sequences, estimate (the share of influence, 0 to 1), low, high; kind "trained" (the default; coloured by
             size), or another word such as "untrained" or "shuffled" (dashed).
         nulls: null, and the same columns (grey).
         title: The finding's question.
     """
     import pandas
 
-    shares = ["share_of_sequences", "share_of_influence", "low", "high"]
+    shares = ["share_of_sequences", "estimate", "low", "high"]
     need(df, "group", *shares)
     fig, ((ax,),) = blank(height=4.4, title=title)
     df = df if "kind" in df.columns else df.assign(kind="trained")

@@ -16,10 +16,7 @@ SIZES = [118_000, 472_000, 1_900_000, 7_600_000]
 
 def curve(**columns) -> list[dict]:
     shares = numpy.geomspace(1e-4, 1, 12)
-    return [
-        columns | {"share_of_sequences": s, "share_of_influence": s**0.3, "low": s**0.35, "high": s**0.25}
-        for s in shares
-    ]
+    return [columns | {"share_of_sequences": s, "estimate": s**0.3, "low": s**0.35, "high": s**0.25} for s in shares]
 
 
 def bounded(rows, value="estimate") -> pandas.DataFrame:
