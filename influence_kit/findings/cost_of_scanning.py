@@ -28,7 +28,7 @@ from influence_kit.errors import UserError
 from influence_kit.findings.families import Planned, planted_grid, text_grid
 from influence_kit.findings.profiles import Profile
 from influence_kit.measures.correlations import correlations
-from influence_kit.measures.intervals import Estimate, difference_of, estimate_of, largest, pick, ratio_of_means
+from influence_kit.measures.intervals import Estimate, estimate_of, pick, ratio_of_means
 from influence_kit.measures.lexical import overlap
 from influence_kit.measures.lifts import top_count, top_members
 from influence_kit.measures.relations import relations
@@ -45,21 +45,29 @@ MODEL = ["family", "size", "seed"]  # columns that tell one model
 ALL = "all"  # sequences of any relation
 EIGH = 4.5  # multiplications of a symmetric eigendecomposition with vectors over n^3 (Golub and Van Loan, Sec. 8.3)
 TIMED = 8  # steps of LiSSA timed at once
-AFFORDABLE = {"ladder": 2, "text": 1}  # sizes, the smallest first, that are solved exactly
+AFFORDABLE = 32  # the largest width that is solved exactly
+FEW = 3  # seeds of what is no claim
 
 
 def reads(profile: Profile) -> list[Planned]:
-    """All sizes of three families by the shortcuts, and the smallest beside an exact solution."""
-    found = planted_grid(profile, "atlas", extra=("batching",)) + planted_grid(profile, "ladder", extra=("batching",))
-    found += text_grid(profile, extra=("batching",))
-    found += planted_grid(profile, "ladder", widths=affordable_widths(profile, "ladder"), extra=("cost",))
-    return found + text_grid(profile, widths=affordable_widths(profile, "text"), extra=("cost",))
+    """The largest model of three families, the planted ones for a few seeds, and a small model of Ladder beside an exact solution."""
+    few = profile.seeds[:FEW]
+    found = text_grid(profile, widths=largest_width(profile, "text"), extra=("batching",))
+    for world in ("atlas", "ladder"):
+        found += planted_grid(profile, world, widths=largest_width(profile, world), seeds=few, extra=("batching",))
+    return found + planted_grid(profile, "ladder", widths=affordable_width(profile), extra=("cost",))
 
 
-def affordable_widths(profile: Profile, family: str) -> list[int]:
-    """Widths of the models of a family that an exact solution is affordable in."""
+def largest_width(profile: Profile, family: str) -> list[int]:
+    """The largest width of a family, in a list; none where the profile has no such family."""
     grid = getattr(profile, family)
-    return [size.width for size in grid.family.sizes[: AFFORDABLE[family]]] if grid else []
+    return [max(size.width for size in grid.family.sizes)] if grid else []
+
+
+def affordable_width(profile: Profile) -> list[int]:
+    """The largest width of Ladder at which an exact solution is affordable, the smallest where none is, in a list."""
+    widths = sorted(size.width for size in profile.ladder.family.sizes) if profile.ladder else []
+    return ([width for width in widths if width <= AFFORDABLE] or widths[:1])[-1:]
 
 
 def batching(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
@@ -340,14 +348,9 @@ def written(kind: str, name: str, families: Mapping[str, Sequence[Trained]]) -> 
     return pandas.concat(parts, ignore_index=True)
 
 
-def largest_of(rows: pandas.DataFrame, family: str) -> pandas.DataFrame:
-    """The rows of a family's largest model."""
-    return largest(pick(rows, family=family))
-
-
 def at_rank(low: pandas.DataFrame, method: str, family: str, most: float) -> pandas.DataFrame:
-    """Rows of a family's largest model at the largest rank tried that is at most `most`."""
-    rows = largest_of(pick(low, method=method), family)
+    """A family's rows at the largest rank tried that is at most `most`."""
+    rows = pick(low, method=method, family=family)
     return pick(rows, rank=rows.loc[rows["rank"] <= most, "rank"].max())
 
 
@@ -399,10 +402,11 @@ def speed_up(
     batch, depth, reached (False: no depth tried suffices, and the largest stands in, so that costs are lower bounds),
     fit and each (EK-FAC's work), lissa_fit (its tuning) and lissa_each; crossover (queries from which on EK-FAC is
     cheaper), speedup and seconds_speedup (log10 of LiSSA's cost over EK-FAC's at that many queries, in work and in
-    seconds); alignment, that of EK-FAC.
+    seconds); alignment, that of EK-FAC, and over, by how much the deepest LiSSA tried is above it.
     """
     of = {method: rows for method, rows in costs.groupby("method")}
     goal = float(of["EK-FAC"]["alignment"].mean())
+    deepest = pick(of["LiSSA"], depth=of["LiSSA"]["depth"].max()).groupby("batch")["alignment"].mean().max()
     rule = {"column": "alignment", "above": goal} if residual is None else {"column": "residual", "below": residual}
     tried = []
     for batch, rows in of["LiSSA"].groupby("batch"):
@@ -421,7 +425,8 @@ def speed_up(
     slow = queries * best["depth"] * taken["step", int(best["batch"])]
     quick = total_work(taken["fit", 0], taken["query", 0], queries)
     crossed = crossover(fit, each, best["lissa_fit"], best["lissa_each"])
-    found = {"fit": fit, "each": each, "crossover": crossed, "speedup": math.log10(ratio), "alignment": goal}
+    found = {"fit": fit, "each": each, "crossover": crossed, "speedup": math.log10(ratio)}
+    found |= {"alignment": goal, "over": float(deepest) - goal}
     return {**best, **found, "seconds_speedup": math.log10(slow / quick)}
 
 
@@ -436,29 +441,13 @@ def speed_ups(tables: Sequence[pandas.DataFrame], queries: int, residual: float 
     )
 
 
-def work_by_queries(speeds: Mapping[str, pandas.DataFrame], family: str) -> Iterator[dict]:
-    """Work in all of EK-FAC, and of LiSSA by each rule, in a family's largest model, for one query to a thousand: lines
-    of a table."""
-    bills = [("EK-FAC", next(iter(speeds)), "fit", "each")]
-    bills += [(f"LiSSA, {rule}", rule, "lissa_fit", "lissa_each") for rule in speeds]
-    for method, rule, fixed, each in bills:
-        rows = largest_of(speeds[rule], family)
-        for n in np.unique(np.geomspace(1, 1000, 25).round()):
-            work = rows.assign(work=total_work(rows[fixed], rows[each], n))
-            e = estimate_of(work, "work", bounds=(0, math.inf))
-            yield e.row(series=method, family=family, queries=n)
-
-
-def bills(speeds: Mapping[str, pandas.DataFrame], seconds: pandas.DataFrame, family: str) -> Iterator[dict[str, str]]:
-    """What a family's largest model costs by EK-FAC and by LiSSA, by each rule, in words: lines of a table."""
-    from influence_kit.reading.style import size_label
-
-    clock = largest_of(seconds, family).groupby("part")["seconds"].mean()
-    for rule, found in speeds.items():
-        rows = largest_of(found, family)
+def bills(speeds: Mapping[str, pandas.DataFrame], seconds: pandas.DataFrame) -> Iterator[dict[str, str]]:
+    """What EK-FAC and LiSSA cost, by each rule that LiSSA may stop by, in words: lines of a table."""
+    clock = seconds.groupby("part")["seconds"].mean()
+    for rule, rows in speeds.items():
         least, mean = "" if rows["reached"].all() else "≥ ", rows.mean(numeric_only=True)
         yield {
-            "model": f"{family}, {size_label(rows['size'].iloc[0])}, LiSSA {rule}",
+            "LiSSA": rule,
             "EK-FAC's work": f"{mean['fit']:,.0f} + {mean['each']:.1f} a query",
             "LiSSA's work": f"{mean['lissa_fit']:,.0f} + {least}{mean['lissa_each']:,.0f} a query",
             "cheaper from … queries": f"{rows['crossover'].max():,.0f}",
@@ -571,34 +560,24 @@ def recall(rows: pandas.DataFrame) -> Estimate:
     return estimate_of(rows[rows["top"] > 0], ["kept", "top"], ratio_of_means, bounds=(0, 1))
 
 
-def by_relation(recalls: pandas.DataFrame, family: str) -> pandas.DataFrame:
-    """Recall of a family's largest model by relation and share of the scan kept."""
+def by_relation(recalls: pandas.DataFrame) -> pandas.DataFrame:
+    """Recall by family and by what the sequences are to the query, over the seeds that have such in some top."""
     import pandas
 
-    groups = largest_of(recalls, family).groupby(["relation", "share"], sort=False)
+    groups = recalls[recalls["top"] > 0].groupby(["family", "relation"], sort=False)
     return pandas.DataFrame(
-        {**recall(rows).row(relation=relation, share=share), "top": int(rows["top"].sum())}
-        for (relation, share), rows in groups
-        if rows["top"].sum() > 0
+        recall(rows).row(label=f"{family} · {relation}", family=family)
+        for (family, relation), rows in groups
+        if relation != ALL
     )
 
 
-def recall_lost(recalls: pandas.DataFrame, family: str, first: Sequence[str], second: Sequence[str]) -> Estimate:
-    """Recall of some relations minus that of others in a family's largest model, over the seeds that have both in some
-    top."""
-    rows = largest_of(recalls, family)
-    a, b = (rows[rows["relation"].isin(names) & (rows["top"] > 0)] for names in (first, second))
-    common = set(a["seed"]) & set(b["seed"])
-    a, b = (part[part["seed"].isin(common)] for part in (a, b))
-    return difference_of(a, b, ["kept", "top"], statistic=ratio_of_means)
-
-
-def most_lost(run: Trained, share: float, k: int) -> tuple[int, float, dict[int, str]]:
-    """The query whose top k a filter by words hurts most, how many of them it keeps, and what becomes of every sequence
-    in a word."""
+def middle_lost(run: Trained, share: float, k: int) -> tuple[int, float, dict[int, str]]:
+    """The query whose top k a filter by words hurts as much as the median one's, how many of them it keeps, and what becomes of every
+    sequence in a word."""
     scan = run.scan()
     kept = pick(prefilter(run.world, scan.raw, scan.rows, scan.queries, (share,), k=k), relation=ALL)["kept"].to_numpy()
-    query = int(kept.argmin())
+    query = int(np.abs(kept - np.median(kept)).argmin())
     lexical = overlap(run.world, scan.rows, scan.queries[[query]])
     stays = survival(lexical, math.ceil(share * len(scan.rows)))[0]
     words = {place: {0: "lost", 1: "kept"}.get(chance, "tied") for place, chance in enumerate(stays)}

@@ -21,6 +21,11 @@ def verdict(claim: Claim) -> str:
     return f"**{claim.verdict}**" + (f" ({claim.reason})" if claim.reason else "")
 
 
+def by_verdict(claim: Claim, confirmed: str, refuted: str, none: str, undecided: str) -> str:
+    """The words of a sentence that follow a claim's verdict; `none` where no effect is larger than δ."""
+    return {"confirmed": confirmed, "refuted": refuted, "undecided": undecided}.get(claim.status, none)
+
+
 def said(claim: Claim, spec: str = ".3f") -> str:
     """A claim in one line: its verdict, its sentence, its number and unit."""
     return f"{verdict(claim)}: {claim.claim} — {interval(claim, spec)} {claim.unit}".rstrip()

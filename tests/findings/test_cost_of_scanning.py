@@ -34,6 +34,7 @@ from influence_kit.findings.cost_of_scanning import (
     top_shared,
     total_work,
 )
+from influence_kit.findings.profiles import load_profile
 from influence_kit.measures.correlations import correlations
 from influence_kit.measures.lexical import overlap
 from influence_kit.measures.relations import relations
@@ -286,3 +287,17 @@ def test_lissa_goes_on_at_half_the_scale_where_a_minibatch_is_steeper_than_power
     monkeypatch.setattr(lissa, "top_eigenvalue", lambda *args, **options: whole(*args, **options) / 1e4)
     with pytest.raises(UserError, match="LiSSA diverges"):
         cost({**COST, "batches": [8]}, made, tmp_path, quiet)
+
+
+def test_the_exact_solution_is_asked_of_the_largest_model_that_affords_it():
+    profile = load_profile("smoke")
+    sizes = {width: profile.ladder.family.sizes[0].model_copy(update={"width": width}) for width in (16, 32, 64, 128)}
+
+    def asked(*widths: int) -> list[int]:
+        family = profile.ladder.family.model_copy(update={"sizes": tuple(sizes[width] for width in widths)})
+        ladder = profile.ladder.model_copy(update={"family": family})
+        return finding.affordable_width(profile.model_copy(update={"ladder": ladder}))
+
+    assert asked(16, 32, 64) == [32] and asked(128, 64) == [64]
+    assert finding.affordable_width(profile.model_copy(update={"ladder": None})) == []
+    assert finding.largest_width(profile.model_copy(update={"text": None}), "text") == []

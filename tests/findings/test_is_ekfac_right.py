@@ -266,3 +266,26 @@ def test_a_refinement_ends_at_the_dense_solution_of_its_own_sample(made, tmp_pat
 def test_a_world_too_small_for_a_refinement_is_refused(made, tmp_path):
     with pytest.raises(UserError, match="sample . 2 solved . reference = 150 sequences, the world has 120"):
         finding.refined(made[1] | REFINED | {"reference": 60}, made[0], tmp_path, quiet)
+
+
+def refined_table(gains: float, fresh: float, same: float, cost: float) -> pandas.DataFrame:
+    """Three seeds of EK-FAC and of four iterations that are better by so much, as `refinement` writes them."""
+    rows = []
+    for seed in (1, 2, 3):
+        for method, more in (("EK-FAC", 0.0), ("4 iterations", gains), ("8 iterations", gains)):
+            worth = {"r": 0.4 + more + seed / 100, "lds": 0.2 + more + seed / 200}
+            solve = {"fresh_residual": fresh, "agreement": same, "cost": cost if method != "8 iterations" else 2 * cost}
+            rows += [{"method": method, "seed": seed, **part} for part in (worth, solve)]
+    return pandas.DataFrame(rows)
+
+
+def test_refined_scores_are_the_default_where_all_that_was_asked_for_holds_at_once():
+    met = finding.wanting(refined_table(0.1, 0.5, 0.95, 4))
+    assert set(met) == {"4 iterations", "8 iterations"} and all(met["4 iterations"].values())
+    assert "could be the default: after 4 iterations" in finding.default_or_not(refined_table(0.1, 0.5, 0.95, 4))
+    told = finding.default_or_not(refined_table(0.1, 1.2, 0.95, 40))
+    wanted = told.split("still wanting")[1]
+    assert "4 iterations" in told and finding.CARRIES in wanted and finding.CHEAP in wanted
+    assert finding.NEARER not in wanted and finding.SAME not in wanted
+    worse = finding.wanting(refined_table(-0.1, 0.5, 0.5, 4))["4 iterations"]
+    assert [name for name in finding.WANTED if worse[name]] == [finding.CARRIES, finding.CHEAP]

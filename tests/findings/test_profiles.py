@@ -267,13 +267,17 @@ def test_an_arm_may_replace_statements_of_a_world_as_it_stands():
 
 
 def test_sizes_may_have_an_architecture_of_their_own():
-    neox, llama = grid.planted_grid(load_profile("smoke"), "little_atlas")
+    profile = load_profile("smoke")
+    family = profile.little_atlas.family
+    sizes = tuple(family.sizes[0].model_copy(update={"architecture": each}) for each in ("", "llama"))
+    little = profile.little_atlas.model_copy(update={"family": family.model_copy(update={"sizes": sizes})})
+    neox, llama = grid.planted_grid(profile.model_copy(update={"little_atlas": little}), "little_atlas")
     assert [one.model.parameters["architecture"] for one in (neox, llama)] == ["gpt_neox", "llama"]
     assert neox.world.fingerprint == llama.world.fingerprint and "llama" in llama.model.label
 
 
 def test_referees_know_how_the_model_was_trained_and_one_of_them_reads_a_scan():
-    (one, _) = grid.planted_grid(
+    (one,) = grid.planted_grid(
         load_profile("smoke"), "little_atlas", extra=("rivals", "response", "bank", "reweighted")
     )
     for (kind, _), stage in one.extra.items():
@@ -313,15 +317,13 @@ def test_a_referee_section_that_cannot_be_is_refused(section, change, message, t
 @pytest.mark.parametrize("name", profile_names())
 def test_chapter_02_finds_its_rivals_in_every_profile(name):
     profile = load_profile(name)
-    for world in ("atlas", "ladder"):
-        found = grid.planted_grid(profile, world, widths=middle_width(profile, world), extra=("rivals",))
-        assert found and all(("rivals", 1.0) in one.extra for one in found)
-        assert all(
-            set(one.extra["rivals", 1.0].parameters["tracin"]) <= {*profile_fractions(profile, world), 1.0}
-            for one in found
-        )
-    for one in grid.planted_grid(profile, "little_atlas", extra=("rivals", "response", "bank", "reweighted")):
-        assert {kind for kind, _ in one.extra} == {"rivals", "response", "bank", "reweighted"}
+    found = grid.planted_grid(profile, "atlas", widths=middle_width(profile), extra=("rivals",))
+    assert found and all(("rivals", 1.0) in one.extra for one in found)
+    asked = {at for one in found for at in one.extra["rivals", 1.0].parameters["tracin"]}
+    assert asked <= {*profile_fractions(profile, "atlas"), 1.0}
+    kinds = {"rivals", "response", "refined", "bank", "reweighted"}
+    for one in grid.planted_grid(profile, "little_atlas", extra=kinds):
+        assert {kind for kind, _ in one.extra} == kinds
     for one in grid.text_grid(profile, extra=("rivals", "bank"), section="little_text"):
         assert {kind for kind, _ in one.extra} == {"rivals", "bank"}
 
