@@ -45,7 +45,7 @@ def fit_ekfac(
     seed: int = 0,
     method: str = "ekfac",
     blocks: int = 1,
-    memory: float = 1e9,
+    memory: float = 2.5e8,
     resume: str | os.PathLike | None = None,
     progress: Progress | None = None,
 ) -> Factors:

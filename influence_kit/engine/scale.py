@@ -21,6 +21,7 @@ from .features import PILOT
 from .fitting import fit_ekfac
 from .index import Index, build_index
 from .layers import WIDEST
+from .passes import KEPT, room
 from .scans import score
 from .shelf import aligned_width
 
@@ -157,16 +158,22 @@ class _Sizes:
         self.factors = self.number * (self.bases + self.numbers) + self.labels
         self.passes = model.passes(self.L)
         self.weights = float(weight * model.width * (12 * model.width * model.depth + model.vocabulary))
-        # Inputs, outputs and their gradients, what else of a block is kept (16 widths, as seen), and logits with theirs.
-        self.token = 2 * sum(self.sides) - sum(self.inputs) + 16 * model.width * model.depth + 3 * model.vocabulary
+        # As in passes.py: what is recorded of a token, what autograd keeps of all its maps (16 widths a block), and its logits.
+        self.recorded = self.number * sum(P + M for P, M, _ in self.layers)
+        self.kept, self.logits = self.number * KEPT * 16 * model.width * model.depth, 3 * self.number * model.vocabulary
         self.formed = sum(self.rotation(layer) for layer in self.layers) + 2.0 * self.L * self.numbers
 
     def batch_size(self, function: Callable) -> int:
         return self.work.batch_size or _default(function, "batch_size")
 
     def batch(self, function: Callable, most: int | None = None) -> float:
-        """Bytes of the weights and of a batch, of `most` sequences or as many as this function of the engine reads."""
-        return self.weights + self.number * (most or self.batch_size(function)) * self.L * self.token
+        """Bytes of the weights and of a batch, of `most` sequences or as many as this function of the engine reads: token
+        gradients, and the pieces that a pass over them is taken in."""
+        limits, rows = room(torch.device("cpu")), most or self.batch_size(function)
+        rows = max(min(rows, int(limits.gradients // (self.L * self.recorded))), 1)
+        piece = max(min(rows, int(limits.activations // (self.L * self.kept))), 1)
+        logits = min(piece * self.L * self.logits, 3 * self.number * limits.logits)
+        return self.weights + self.L * (rows * self.recorded + piece * self.kept) + logits
 
     def rotation(self, layer: Layer, outputs: bool = True, inputs: bool = True, by_tokens: bool = False) -> float:
         """Operations of rotating a sequence's gradient: of each side its tokens or, where that is fewer, the gradient."""

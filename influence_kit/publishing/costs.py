@@ -5,13 +5,16 @@ From counts of weights, tokens and steps; no stage's result depends on any of it
 
 from __future__ import annotations
 
+import time
+from functools import cache
+
 from influence_kit.corpora.texts.dialogue import Dialogue
 from influence_kit.corpora.texts.parallel import ParallelText
 from influence_kit.corpora.worlds import WORLDS
 from influence_kit.recipes import Recipe, how_many_together, steps_of, tuples
 from influence_kit.runner.stages import Cost, Stage
 
-FLOPS = 4e10  # sustained by one core
+FLOPS = {"cpu": 4e10, "cuda": 2e13}  # sustained by one core; half of what an H200 was seen to sustain in float32
 STEP = 0.012  # seconds of overhead of one training step
 QUERIES = 110  # scored
 BASE = 600_000_000  # bytes of a process that has loaded torch
@@ -21,6 +24,27 @@ def cost_of(stage: Stage) -> Cost:
     """Seconds on one process, bytes of memory and of disk."""
     made = {"text": _text, "world": _world, "model": _model, "influence": _scan, "chapter": _chapter}
     return made.get(stage.kind, _extra)(stage)
+
+
+def rate(stage: Stage) -> float:
+    """Operations a second: on a GPU that is here, half of what a large product is measured to reach."""
+    return FLOPS["cpu"] if stage.gpu is None else _measured(stage.gpu)
+
+
+@cache
+def _measured(gpu: str) -> float:
+    import torch
+
+    if not torch.cuda.is_available():
+        return FLOPS["cuda"]
+    square = torch.randn(4096, 4096, device=gpu)
+    square @ square
+    torch.cuda.synchronize(gpu)
+    began = time.perf_counter()
+    for _ in range(10):
+        square @ square
+    torch.cuda.synchronize(gpu)
+    return 10 * 2 * 4096**3 / (time.perf_counter() - began) / 2
 
 
 def _text(stage: Stage) -> Cost:
@@ -44,7 +68,7 @@ def _model(stage: Stage) -> Cost:
     recipe = Recipe(**tuples(stage.parameters["recipe"]))
     weights, embeddings = _weights(stage, vocabulary)
     steps = steps_of(sequences, recipe)
-    seconds = steps * STEP + 6 * (weights + embeddings) * steps * recipe.batch_size * length / FLOPS
+    seconds = steps * STEP + 6 * (weights + embeddings) * steps * recipe.batch_size * length / rate(stage)
     disk = 4 * (weights + embeddings) * len(recipe.checkpoints) + 100_000
     return Cost(seconds, BASE + 20 * weights + 16 * recipe.batch_size * length * vocabulary, disk)
 
@@ -59,7 +83,7 @@ def _scan(stage: Stage) -> Cost:
     scanned, fitted = min(stage.parameters["sequences"], sequences), min(stage.parameters["fit"], sequences)
     maps = 8 * depth * width**2
     each = 4 * length * (weights + embeddings) + 4 * depth * length * 21 * width**2  # a pass, and tokens rotated
-    seconds = 3 + (scanned * (each + 2 * QUERIES * maps) + 2 * fitted * each) / FLOPS
+    seconds = 3 + (scanned * (each + 2 * QUERIES * maps) + 2 * fitted * each) / rate(stage)
     memory = BASE + 4 * maps * (QUERIES * 3 + 40) + 12 * 32 * length * vocabulary
     return Cost(seconds, memory, 4 * (QUERIES * scanned + maps + depth * 34 * width**2) + 8 * fitted * length)
 

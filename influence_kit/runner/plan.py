@@ -1,5 +1,6 @@
 """What a run would do and what it takes, before it does anything."""
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
@@ -25,11 +26,15 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Estimated time on `jobs` processes: no less than the work shared out, nor than the longest chain."""
+        """Estimated time on `jobs` processes: no less than the work shared out, than the longest chain, or than a GPU's own work."""
         if not self.todo:
             return 0.0
         work = sum(self.costs[key].seconds * min(stage.threads, self.jobs) for key, stage in self.todo.items())
-        return max(work / self.jobs, max(chain_seconds(self.todo, self.costs).values()))
+        gpus: dict[str, float] = defaultdict(float)
+        for key, stage in self.todo.items():
+            if stage.gpu is not None:
+                gpus[stage.gpu] += self.costs[key].seconds
+        return max(work / self.jobs, max(chain_seconds(self.todo, self.costs).values()), *gpus.values())
 
     @property
     def memory_bytes(self) -> int:

@@ -154,7 +154,8 @@ class _Run:
             running = [worker.stage for worker in self.busy() if worker.stage]
             slots = sum(min(other.threads, self.jobs) for other in running) + min(stage.threads, self.jobs)
             memory = sum(self.cost(other).memory_bytes for other in (*running, stage))
-            if running and (slots > self.jobs or memory > self.memory):
+            taken = stage.gpu is not None and stage.gpu in {other.gpu for other in running}
+            if running and (taken or slots > self.jobs or memory > self.memory):
                 continue
             worker = next((worker for worker in self.workers if worker.stage is None), None) or self.hire()
             try:

@@ -73,6 +73,12 @@ class Stage:
         )
 
     @property
+    def gpu(self) -> str | None:
+        """The GPU that its parameters name as "device", which it has to itself: processes that share one wait for each other."""
+        device = str(self.parameters.get("device", "cpu"))
+        return None if device == "cpu" else device
+
+    @property
     def folder(self) -> Path:
         """Where its files lie once made."""
         return cache_root() / self.kind / self.fingerprint[:16]

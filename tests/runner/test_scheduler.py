@@ -82,6 +82,16 @@ def test_stages_that_would_not_fit_into_memory_together_run_one_by_one():
     assert not overlap(*spans().values())
 
 
+def test_a_gpu_is_one_stages_at_a_time_and_a_plan_adds_up_what_it_is_for():
+    one, two = (stage("number", value=value, seconds=0.4, device="cuda", cost=Cost(30)) for value in (1, 2))
+    free = stage("number", value=3, seconds=0.4, cost=Cost(30))
+    assert planning.plan([one, two, free], cost_of, jobs=3).seconds == 60
+    run_stages([one, two, free], jobs=3)
+    times = spans()
+    assert not overlap(times["1"], times["2"])
+    assert overlap(times["3"], times["1"]) or overlap(times["3"], times["2"])
+
+
 def test_force_makes_kinds_and_labels_again_wherever_they_stand():
     one = stage("number", "first", value=1)
     both = stage("total", "sum", inputs={"one": one})
