@@ -26,11 +26,10 @@ from influence_kit.corpora.world import World, batch_of, token_matrix
 from influence_kit.corpora.worlds import atlas, cast, deep, ladder
 from influence_kit.errors import UserError
 from influence_kit.findings.common import write_scores
-from influence_kit.findings.families import END, Planned, planted_grid, section, text_grid
+from influence_kit.findings.families import END, Planned, planted_grid, section
 from influence_kit.findings.profiles import Profile
 from influence_kit.findings.trained import Trained
-from influence_kit.measures.intervals import Estimate, estimate_of, pick
-from influence_kit.measures.lexical import document_frequency
+from influence_kit.measures.intervals import Estimate, estimate_of, over_seeds, pick
 from influence_kit.measures.lifts import lift, top_members
 
 if TYPE_CHECKING:
@@ -48,15 +47,18 @@ ENDS = tuple(f"{third}_{side}" for third in THIRDS for side in ("first", "second
 CONTRASTS = {"rule": ("T2", "T0r"), "language": ("other", "own"), "persona": ("demo_persona_action", "demo_action")}
 ASKED = {"rule": "rule", "language": "fact", "persona": "role-play"}  # the kind of query that each is read from
 ALIGNMENTS = ("updating", "predicted")
+STATED = ("fact", "quote")  # kinds of query whose answer stands in a document
+COMPOSED = (
+    "rule",
+    "role-play",
+)  # kinds whose answer has to be worked out; translations are too rarely right to be compared
 
 
 def reads(profile: Profile) -> list[Planned]:
-    """Deep before and after training and at an early checkpoint, and the widest models of real text."""
-    early = section(profile, "deep", "09").scan.fractions[:1]
-    found = planted_grid(profile, "deep", fractions=(0.0, END), extra=("layers", "maps"))
-    found += planted_grid(profile, "deep", fractions=early, extra=("layers",))
-    widest = [max(size.width for size in profile.text.family.sizes)] if profile.text else []
-    return found + text_grid(profile, widths=widest, extra=("layers", "maps"))
+    """Deep before and after training, by block, and its token maps."""
+    section(profile, "deep", "09")
+    found = planted_grid(profile, "deep", fractions=(0.0,), extra=("layers",))
+    return found + planted_grid(profile, "deep", extra=("layers", "maps"))
 
 
 def layers(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
@@ -115,7 +117,7 @@ def blocks(names: Iterable[str]) -> np.ndarray:
 
 
 def maps(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
-    """Token maps of a few sequences of each query: in Deep its strongest supporters, elsewhere its strongest sequences.
+    """Token maps of the strongest supporters of each query of Deep.
 
     Writes maps.safetensors, a row for each pair of a query and a sequence: queries [M] and rows [M] (positions in the
     world's tables), values [M] (nats at epsilon = 1); by position (nats, see `token_scores`): ekfac [M, T], plain
@@ -237,11 +239,7 @@ STAGES = {"layers": layers, "maps": maps}
 
 def _pairs(world: World, scan: dict, k: int, limit: int, rng) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """Which queries have pairs, and these: a query (its place in the scan) and a column of it, the k best of each."""
-    values = scan["values"]
-    if world.name == "deep":
-        member = deep.supporters(world, scan["rows"])[scan["queries"]]
-    else:
-        member = np.ones(values.shape, bool)
+    values, member = scan["values"], deep.supporters(world, scan["rows"])[scan["queries"]]
     asked = np.arange(len(values))
     if limit < len(asked):
         asked = np.sort(rng.permutation(len(asked))[:limit])
@@ -483,26 +481,6 @@ def preferred(scores: np.ndarray, span: np.ndarray, rival: np.ndarray) -> np.nda
     return np.where(usable, 0.5 + 0.5 * np.sign(ours - theirs), np.nan)
 
 
-def share_before(scores: np.ndarray, key: np.ndarray, most: int = 5) -> np.ndarray:
-    """Share of the |influence| of each map at the updating positions 0, 1, … most - 1 before the key.
-
-    Args:
-        scores: By updating position, unaligned [M, T]; 1 before the key is where it is predicted.
-        key: Tokens of the answer, bool [M, T].
-        most: How far back.
-
-    Returns:
-        [M, most]; nan where a pair has not just one key token, or the map is empty; 0 before a sequence's beginning.
-    """
-    mass, key = np.abs(np.asarray(scores, float)), np.asarray(key, bool)
-    total, usable = mass.sum(1), (key.sum(1) == 1) & (mass.sum(1) > 0)
-    found = np.full((len(mass), most), np.nan)
-    for pair in np.flatnonzero(usable):
-        back = int(key[pair].argmax()) - np.arange(most)
-        found[pair] = np.where(back >= 0, mass[pair, np.maximum(back, 0)], 0) / total[pair]
-    return found
-
-
 def chance(marked: np.ndarray, candidates: np.ndarray) -> np.ndarray:
     """What a token drawn at random hits, and what even |influence| would hold: share of the candidates marked, [M].
 
@@ -543,25 +521,6 @@ def read_maps(
     return pandas.concat(tables, ignore_index=True)
 
 
-def shared_tokens(
-    queries: np.ndarray, sequences: np.ndarray, candidates: np.ndarray, documents: np.ndarray, rare: float = 0.05
-) -> np.ndarray:
-    """bool [M, T]: candidate tokens of each sequence that its query holds too and that are rare.
-
-    Args:
-        queries: Token ids of each pair's query [M, T].
-        sequences: Token ids of its sequence [M, T].
-        candidates: bool [M, T].
-        documents: Token ids [N, T] by which rarity is judged: in less than the share `rare` of them.
-    """
-    frequency = np.zeros(int(max(queries.max(), sequences.max(), documents.max())) + 1)
-    counted = document_frequency(documents)
-    frequency[: len(counted)] = counted
-    uncommon = frequency < rare * len(documents)
-    same = (sequences[:, :, None] == queries[:, None, :]).any(2)
-    return same & uncommon[sequences] & np.asarray(candidates, bool)
-
-
 def by_block(trained: Trained, fraction: float = END) -> dict[str, np.ndarray]:
     """What the `layers` stage wrote at a fraction of training."""
     from safetensors.numpy import load_file
@@ -570,13 +529,8 @@ def by_block(trained: Trained, fraction: float = END) -> dict[str, np.ndarray]:
 
 
 def kinds_of(trained: Trained, queries: np.ndarray) -> np.ndarray:
-    """Kind of each query [Q]; "text" in a world of real text, whose queries are of one."""
-    columns = trained.world.queries
-    return (
-        columns["kind"].to_numpy(zero_copy_only=False)[queries]
-        if "kind" in columns.column_names
-        else np.full(len(queries), "text")
-    )
+    """Kind of each query [Q]."""
+    return trained.world.queries["kind"].to_numpy(zero_copy_only=False)[queries]
 
 
 def shares_of(trained: Trained, fraction: float, top: float) -> pandas.DataFrame:
@@ -616,31 +570,13 @@ def preferences(thirds: pandas.DataFrame, contrast: str) -> dict[str, Estimate]:
     }
 
 
-def maps_of(trained: Trained, fraction: float = END, rare: float = 0.05) -> pandas.DataFrame:
-    """`read_maps` of one checkpoint, with kind and seed. The key is the answer; in real text, where none is planted, it
-    is the tokens that the query holds too and that are rare (see `shared_tokens`)."""
+def maps_of(trained: Trained, fraction: float = END) -> pandas.DataFrame:
+    """`read_maps` of one checkpoint, with kind and seed; the key is the answer."""
     world, maps = trained.world, _maps(trained, fraction)
     candidates = token_matrix(world.sequences, "loss_mask")[maps["rows"]].copy()
     candidates[:, 0] = False
-    if world.name == "deep":
-        marked = deep.marks(world, maps["queries"], maps["rows"])
-    else:
-        documents = token_matrix(world.sequences)
-        shared = shared_tokens(
-            token_matrix(world.queries)[maps["queries"]], documents[maps["rows"]], candidates, documents, rare
-        )
-        marked = shared, shared, np.zeros_like(shared)
-    found = read_maps(maps, *marked, candidates)
+    found = read_maps(maps, *deep.marks(world, maps["queries"], maps["rows"]), candidates)
     return found.assign(kind=kinds_of(trained, maps["queries"])[found["pair"]], seed=trained.seed, fraction=fraction)
-
-
-def before_key_of(trained: Trained) -> pandas.DataFrame:
-    """`share_before` in Deep: a column for each distance, and kind and seed."""
-    import pandas
-
-    maps = _maps(trained, END)
-    far = share_before(maps["ekfac"], deep.marks(trained.world, maps["queries"], maps["rows"])[0])
-    return pandas.DataFrame(far).assign(kind=kinds_of(trained, maps["queries"]), seed=trained.seed)
 
 
 def _maps(trained: Trained, fraction: float) -> dict[str, np.ndarray]:
@@ -658,3 +594,17 @@ def card_of(trained: Trained, kind: str) -> CardView:
     query = int(asked[np.argsort(best, kind="stable")[len(best) // 2]])
     labels = {int(column): "supports the answer" for column in np.flatnonzero(member[query])}
     return trained.card(query, k=3, title=f"a {kind}", labels=labels, kind=None)
+
+
+def hardest_kind(runs: Iterable[Trained]) -> Estimate:
+    """Accuracy at the end of training on the compared kind of query that is answered least often."""
+    least = {}
+    for run in runs:
+        answers = pick(run.answers[run.answers["kind"].isin((*STATED, *COMPOSED))], fraction=1)
+        least[run.seed] = answers.groupby("kind")["correct"].mean().min()
+    return over_seeds(least, bounds=(0, 1))
+
+
+def where(shares: pandas.DataFrame) -> tuple[pandas.DataFrame, pandas.DataFrame]:
+    """The queries whose answers stand in a document, and those whose answers have to be worked out."""
+    return shares[shares["kind"].isin(STATED)], shares[shares["kind"].isin(COMPOSED)]

@@ -35,9 +35,7 @@ from influence_kit.findings.layers_and_tokens import (
     read_maps,
     replacing,
     share,
-    share_before,
     share_table,
-    shared_tokens,
     third_of,
     thirds_table,
     variance_explained,
@@ -290,13 +288,6 @@ def test_hits_and_shares_read_the_size_of_a_score():
     np.testing.assert_array_equal(hit(SCORES, np.zeros_like(KEY)), [np.nan] * 3)
 
 
-def test_shares_before_the_key_count_back_from_it():
-    found = share_before(SCORES, KEY, most=3)
-    np.testing.assert_allclose(found, [[0.3, 0.6, 0.1], [0.25, 0.5, 0], [np.nan] * 3])
-    two = KEY | np.roll(KEY, 1, axis=1)
-    assert np.isnan(share_before(SCORES, two)).all()
-
-
 def test_chance_is_the_share_of_marked_candidates():
     candidates = np.array([[0, 1, 1, 1, 1], [0, 1, 1, 0, 0], [0, 1, 1, 0, 0]], bool)
     np.testing.assert_allclose(chance(KEY, candidates), [0.25, 0.5, 0.5])
@@ -322,11 +313,3 @@ def test_a_table_has_each_pair_with_a_key_once_for_each_reading():
     assert first["ekfac", "predicted"] == first["plain", "predicted"] == first["replaced", "token"] == 1
     assert first["ekfac", "updating"] == 0 and np.isnan(first["other", "predicted"])
     assert (found["chance"] == 0.25).all()
-
-
-def test_shared_tokens_are_rare_and_in_both():
-    documents = np.array([[0, 1, 2], [0, 1, 3], [0, 1, 4], [0, 1, 5]])
-    queries, sequences = np.array([[0, 1, 5], [0, 2, 2]]), np.array([[0, 5, 1], [0, 3, 2]])
-    candidates = np.array([[0, 1, 1], [0, 1, 0]], bool)
-    found = shared_tokens(queries, sequences, candidates, documents, rare=0.5)
-    np.testing.assert_array_equal(found, [[0, 1, 0], [0, 0, 0]])
