@@ -175,22 +175,46 @@ class Trained:
         title: str = "",
         labels: Mapping[int, str] | Callable[[int], str] | None = None,
         kind: str | None = "",
+        relatif: bool = False,
+        lowest: int | None = None,
+        caption: str = "",
     ) -> CardView:
         """Token card of one scored query (a position in `scan(fraction, kind)`), its k most and least influential sequences
-        shaded by token.
+        shaded by token, each text once, with its English where it is foreign.
 
         labels: from a column of the scan to a short word for what that sequence is to the query (its tier, say), shown in
-        place of the kind of sequence; columns that a mapping leaves out have none.
+        place of the kind of sequence; columns that a mapping leaves out have none. relatif: RelatIF's top k stand below.
+        lowest: how many of the least influential are shown, k by default. caption: a sentence under all.
         """
+        from collections import Counter
+
         from influence_kit.engine.scans import token_scores
         from influence_kit.measures.lexical import bm25
         from influence_kit.reading.cards import Row, query_card
+        from influence_kit.reading.glosses import in_english
         from influence_kit.reading.words import token_texts
 
         scan, world = self.scan(fraction, kind), self.world
         asked = int(scan.queries[query])
-        ranked = [*scan.scores.top(k, query), *scan.scores.bottom(k, query)]
-        positions = [row.sequence for row in ranked]
+        raw = scan.raw[query]
+        texts, asked_text = _kept(batch_of(world.sequences, scan.rows)), _kept(batch_of(world.queries, [asked]))
+        alike = Counter(map(tuple, texts))
+
+        def best(values: np.ndarray, number: int) -> list[int]:
+            """Columns of the highest values, of texts that say the same only the first."""
+            found: dict[tuple, int] = {}
+            for column in np.argsort(-values, kind="stable").tolist():
+                if len(found) == number:
+                    break
+                found.setdefault(tuple(texts[column]), column)
+            return list(found.values())
+
+        lists = [
+            best(raw, k),
+            best(-raw, k if lowest is None else lowest),
+            best(scan.relatif[query], k) if relatif else [],
+        ]
+        positions = [column for part in lists for column in part]
         chosen = batch_of(world.sequences, scan.rows[positions])
         with threads(1, True):
             damping = self.planned.influence[fraction].parameters["damping"]
@@ -199,24 +223,29 @@ class Trained:
             )
         about = world.sequences.select([n for n in ("language", "kind") if n in world.sequences.column_names])
         word = (lambda column: labels.get(column, "")) if isinstance(labels, Mapping) else labels
-        texts, asked_text = _kept(batch_of(world.sequences, scan.rows)), _kept(batch_of(world.queries, [asked]))
         lexical = np.argsort(np.argsort(-bm25(asked_text, texts)[0], kind="stable"), kind="stable") + 1
-        order = np.argsort(np.argsort(-scan.raw[query], kind="stable"), kind="stable") + 1
+        order, by_relatif = (
+            np.argsort(np.argsort(-values, kind="stable"), kind="stable") + 1 for values in (raw, scan.relatif[query])
+        )
         rows = []
-        for place, row in enumerate(ranked):
+        for place, column in enumerate(positions):
             length = int(chosen["loss_mask"][place].nonzero().max()) + 1
-            facts = {name: about[name][int(scan.rows[row.sequence])].as_py() for name in about.column_names}
+            position = int(scan.rows[column])
+            facts = {name: about[name][position].as_py() for name in about.column_names}
+            rank = by_relatif if place >= len(positions) - len(lists[2]) else order
             rows.append(
                 Row(
                     tokens=token_texts(world, chosen["input_ids"][place, :length].tolist()),
-                    score=row.score,
-                    rank=int(order[row.sequence]),
-                    nats_per_copy=row.nats_per_copy,
+                    score=float(raw[column]),
+                    rank=int(rank[column]),
+                    nats_per_copy=float(raw[column]) / scan.scores.corpus_size,
                     scored=len(order),
                     language=language_name(facts["language"]) if "language" in facts else "",
-                    source=word(row.sequence) if word else facts.get("kind", ""),
-                    bm25_rank=int(lexical[row.sequence]),
+                    source=word(column) if word else facts.get("kind", ""),
+                    bm25_rank=int(lexical[column]),
                     token_scores=tokens[place, :length].tolist(),
+                    gloss=in_english(world, world.sequences, position),
+                    copies=alike[tuple(texts[column])],
                 )
             )
         batch = batch_of(world.queries, [asked])
@@ -224,7 +253,12 @@ class Trained:
         start, end = int(mask.nonzero().min()), int(mask.nonzero().max()) + 1
         pieces = token_texts(world, ids[:end].tolist())
         joiner = " " if world.vocabulary else ""
-        return query_card(pieces[1:start], pieces[start:], rows, k=k, title=title, joiner=joiner, alignment="predicted")
+        raising = len(rows) - len(lists[2])
+        return query_card(
+            pieces[1:start], pieces[start:], rows[:raising], k=k, title=title, joiner=joiner, alignment="predicted",
+            lowest=lowest, caption=caption, gloss=in_english(world, world.queries, asked),
+            further={"Highest by RelatIF": rows[raising:]} if relatif else None, distinct=True,
+        )  # fmt: skip
 
 
 def paired(base: Iterable[Trained], others: Iterable[Trained]) -> list[tuple[Trained, Trained]]:
@@ -264,7 +298,7 @@ def changed_answers(base: Iterable[Trained], others: Iterable[Trained], fraction
 
 def language_name(code: int | str) -> str:
     """A reader's word for a world's language code."""
-    names: dict[int | str, str] = {0: "first language", 1: "second language", -1: "no language"}
+    names: dict[int | str, str] = {0: "English", 1: "German", -1: "no language"}
     names |= {"en-us": "English", "de": "German", "ko": "Korean", "tr": "Turkish", "zh-cn": "Chinese"}
     return names.get(code, str(code))
 

@@ -12,9 +12,12 @@ from influence_kit.reading.card_model import (
     WINDOW,
     Card,
     Span,
+    captions,
     crop,
     direction,
+    in_english,
     level,
+    shared_query,
     visible,
 )
 from influence_kit.reading.style import NEGATIVE, POSITIVE, number
@@ -22,10 +25,11 @@ from influence_kit.reading.style import NEGATIVE, POSITIVE, number
 
 def _css() -> str:
     rules = [
-        ".ikc{background:#fff;color:#1a1a1a;max-width:900px;padding:10px 14px;font:13px/1.6 system-ui,sans-serif}",
-        ".ikc.wide{max-width:none;display:flex;gap:24px}.ikc .col{flex:1;min-width:0}",
+        ".ikc{background:#fff;color:#1a1a1a;max-width:900px;padding:10px 14px;"
+        "font:13px/1.6 system-ui,sans-serif;overflow-wrap:anywhere}",
+        ".ikc.wide{max-width:1140px}.ikc .cols{display:flex;gap:24px}.ikc .col{flex:1;min-width:0}",
         ".ikc h4{margin:0 0 4px;font-size:15px}.ikc h5{margin:12px 0 2px;font-size:13px}.ikc p{margin:2px 0}",
-        ".ikc .m,.ikc summary{color:#666;font-size:11.5px}.ikc .t{white-space:pre-wrap;overflow-wrap:anywhere}",
+        ".ikc .m,.ikc summary{color:#666;font-size:11.5px}.ikc .t{white-space:pre-wrap}.ikc .g{font-style:italic}",
         f".ikc .up,.ikc .down{{padding:0 10px;border-left:3px solid {POSITIVE};margin:5px 0}}",
         f".ikc .down{{border-color:{NEGATIVE}}}",
     ]
@@ -41,30 +45,38 @@ CSS = _css()
 
 def html(cards: Sequence[Card]) -> str:
     """One card, or several beside each other; MathJax is told to leave their text alone."""
-    if len(cards) == 1:
-        return f'<div class="ikc tex2jax_ignore mathjax_ignore">{CSS}{_card(cards[0])}</div>'
-    columns = "".join(f'<div class="col">{_card(card)}</div>' for card in cards)
-    return f'<div class="ikc wide tex2jax_ignore mathjax_ignore">{CSS}{columns}</div>'
+    shared = shared_query(cards)
+    columns = "".join(f'<div class="col">{_card(card, not shared)}</div>' for card in cards)
+    wide = " wide" if len(cards) > 1 else ""
+    head = _query(cards[0]) if shared else ""
+    told = "".join(f"<p>{escape(visible(text))}</p>" for text in captions(cards))
+    columns = f'<div class="cols">{columns}</div>'
+    return f'<div class="ikc{wide} tex2jax_ignore mathjax_ignore">{CSS}{head}{columns}{told}</div>'
 
 
-def _card(card: Card) -> str:
-    query = f"{escape(card.prompt)}<b>{escape(card.completion)}</b>"
+def _query(card: Card) -> str:
+    asked = f"{escape(card.prompt)}<b>{escape(card.completion)}</b>"
+    return f'<p class="t" dir="{direction(card.prompt + card.completion)}">{asked}</p>{_gloss(card.gloss)}'
+
+
+def _gloss(text: str) -> str:
+    return f'<p class="m g">{escape(in_english(text))}</p>' if text else ""
+
+
+def _card(card: Card, asked: bool) -> str:
     swatch = f'<span class="n{LEVELS}">lowers</span> <span class="p{LEVELS}">raises</span> · '
-    out = [
-        f"<h4>{escape(visible(card.title))}</h4>" if card.title else "",
-        f'<p class="t" dir="{direction(card.prompt + card.completion)}">{query}</p>',
-        f'<p class="m">{swatch if card.magnitudes else ""}{escape(card.legend)}</p>',
-    ]
+    out = [f"<h4>{escape(visible(card.title))}</h4>" if card.title else "", _query(card) if asked else ""]
     for head, rows in card.sections:
         out.append(f"<h5>{escape(head)}</h5>")
         for row, known, text in rows:
             cropped, part = crop(text, WINDOW)
             out.append(f'<div class="{"up" if row.score > 0 else "down"}"><p class="m">{escape(known)}</p>')
-            out.append(_shaded(part, card.clip))
+            out.append(_shaded(part, card.clip) + _gloss(row.gloss))
             if cropped:
                 whole = _shaded(text, card.clip)
                 out.append(f"<details><summary>whole sequence, {len(row.tokens)} tokens</summary>{whole}</details>")
             out.append("</div>")
+    out.append(f'<p class="m">{swatch if card.magnitudes else ""}{escape(card.legend)}</p>')
     return "".join(out)
 
 

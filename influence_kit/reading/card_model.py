@@ -16,7 +16,9 @@ from influence_kit.errors import UserError
 from influence_kit.reading.style import number
 
 ALIGNMENTS = {"updating": "token whose gradient updates the weights", "predicted": "token that is predicted there"}
-SPECIAL = {"<bos>", "<s>", "<pad>", "[PAD]", "<|padding|>", "<|endoftext|>", "</s>", "<eos>"}
+# What stands at a text's ends and fills up a row, and how it is shown.
+SPECIAL = {"<bos>": "start", "<s>": "start", "<|endoftext|>": "end", "</s>": "end", "<eos>": "end"}
+SPECIAL |= {"<pad>": "padding", "[PAD]": "padding", "<|padding|>": "padding"}
 LEVELS, ALPHA, UNDERLINE_FROM = 20, 0.6, 3  # steps of shading, the strongest, and the step that is also underlined
 SPARSE = 2 / 3  # the paper drops sequences whose token scores exceed this |a|_2 / |a|_1: one token carries them
 WINDOW = 64  # tokens shown of a long sequence
@@ -37,8 +39,11 @@ class Row:
         scored: How many sequences the scan scored.
         language: Of the sequence, in a word.
         source: What the sequence is, or where it comes from, in a few words.
-        bm25_rank: 1 for the sequence that shares most words with the query.
+        bm25_rank: 1 for the sequence that shares most words with the query; not shown where it shares none.
         token_scores: One a token [T]; position t holds what the gradient at t adds, where token t + 1 is predicted.
+        gloss: What a text in another language says, in English.
+        copies: How many sequences of the scan say the same, this one included.
+        overlap: Longest run of tokens that it shares with the query.
     """
 
     tokens: Sequence[str]
@@ -50,6 +55,9 @@ class Row:
     source: str = ""
     bm25_rank: int | None = None
     token_scores: Sequence[float] | None = None
+    gloss: str = ""
+    copies: int = 1
+    overlap: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,10 +70,11 @@ class Card:
         completion: What the query asks for, as it is shown.
         top: The rows of the highest scores, highest first.
         bottom: The rows of the lowest scores, lowest first.
-        overlaps: Longest run of tokens shared with the query, for each row of `top`, then of `bottom`.
+        further: Other lists of rows, each with its heading.
+        gloss: What a query in another language says, in English.
+        caption: A sentence on which query this is, and on where it differs from what the text says.
         alignment: Which token of a position is shaded, one of `ALIGNMENTS`.
         joiner: What stands between tokens.
-        scale: Token score of the strongest shade; None: this card's own 99th percentile.
     """
 
     title: str
@@ -73,31 +82,37 @@ class Card:
     completion: str
     top: tuple[Row, ...]
     bottom: tuple[Row, ...]
-    overlaps: tuple[int, ...]
+    further: tuple[tuple[str, tuple[Row, ...]], ...] = ()
+    gloss: str = ""
+    caption: str = ""
     alignment: str = "updating"
     joiner: str = ""
-    scale: float | None = None
 
     @functools.cached_property
     def sections(self) -> list[tuple[str, list[tuple[Row, str, list[Span]]]]]:
         """(heading, [(row, what is known of it in one line, its tokens)])."""
-        rows = [
-            (row, facts(row, overlap), spans(row, self.alignment, self.joiner))
-            for row, overlap in zip(self.top + self.bottom, self.overlaps, strict=True)
-        ]
-        cut = len(self.top)
         heads = "Raise the completion's log probability most", "Lower it most"
-        return [(head, part) for head, part in zip(heads, (rows[:cut], rows[cut:]), strict=True) if part]
+        lists = *zip(heads, (self.top, self.bottom)), *self.further
+        return [
+            (head, [(row, facts(row), spans(row, self.alignment, self.joiner)) for row in rows])
+            for head, rows in lists
+            if rows
+        ]
+
+    @property
+    def rows(self) -> list[Row]:
+        """Of all lists."""
+        return [*self.top, *self.bottom, *(row for _, rows in self.further for row in rows)]
 
     @property
     def magnitudes(self) -> list[float]:
         """Sizes of all token scores."""
-        return [abs(s) for row in self.top + self.bottom if row.token_scores is not None for s in row.token_scores]
+        return [abs(s) for row in self.rows if row.token_scores is not None for s in row.token_scores]
 
     @property
     def clip(self) -> float:
-        """The token score that has the strongest shade."""
-        return self.scale or (float(numpy.percentile(self.magnitudes, 99)) if self.magnitudes else 0.0) or 1.0
+        """The token score that has the strongest shade: one in a hundred is as large."""
+        return (float(numpy.quantile(self.magnitudes, 0.99)) if self.magnitudes else 0.0) or 1.0
 
     @property
     def legend(self) -> str:
@@ -117,7 +132,22 @@ class Card:
         for head, rows in self.sections:
             shown = [f"{known}: “{''.join(t for t, _ in crop(text, 16)[1]).strip()}”" for _, known, text in rows]
             parts.append(f"{head}: " + "; ".join(shown) + ".")
-        return visible(" ".join([*parts, self.legend.capitalize() + "."]))
+        return visible(" ".join([*parts, self.legend.capitalize() + ".", self.caption]).strip())
+
+
+def shared_query(cards: Sequence[Card]) -> bool:
+    """Whether several cards ask the same, so that it need be shown only once."""
+    return len(cards) > 1 and len({(card.prompt, card.completion, card.gloss) for card in cards}) == 1
+
+
+def in_english(gloss: str) -> str:
+    """The line under a text in another language; none where there is no gloss."""
+    return f"English: {visible(gloss)}" if gloss else ""
+
+
+def captions(cards: Sequence[Card]) -> list[str]:
+    """What stands under cards beside each other, each sentence once."""
+    return list(dict.fromkeys(card.caption for card in cards if card.caption))
 
 
 def visible(text: str) -> str:
@@ -144,8 +174,9 @@ def direction(text: str) -> str:
 def spans(row: Row, alignment: str = "updating", joiner: str = "") -> list[Span]:
     """What is shown for each token, and its score.
 
-    Scores are aligned; characters spread over tokens are joined; special tokens at the start that have no score are
-    left out, runs of them collapsed; of a long token the start is shown, and how long it is.
+    Scores are aligned; characters spread over tokens are joined; special tokens have plain names, runs of them are
+    collapsed, and at the start they are left out unless they have a score; of a long token the start is shown, and how
+    long it is.
 
     Raises:
         UserError: as many scores as tokens are not given, or one of them is not finite.
@@ -162,9 +193,12 @@ def spans(row: Row, alignment: str = "updating", joiner: str = "") -> list[Span]
     shown: list[Span] = []
     run = 0
     for token, score in tokens[start:]:
-        run = run + 1 if token.strip() in SPECIAL else 0
+        name = SPECIAL.get(token.strip(), "")
+        run = run + 1 if name else 0
         if run > 1:
-            shown[-1] = (f"⟨{token.strip()} ×{run}⟩", shown[-1][1] + score)
+            shown[-1] = (f" ⟨{name} ×{run}⟩", shown[-1][1] + score)
+        elif name:
+            shown.append((f" ⟨{name}⟩" if shown else f"⟨{name}⟩", score))
         elif token or not shown:
             if len(token) > LONGEST:
                 token = f"{token[:LONGEST]}… ⟨{len(token):,} characters⟩"
@@ -189,7 +223,7 @@ def level(score: float, clip: float) -> int:
     return min(LEVELS, round(LEVELS * abs(score) / clip))
 
 
-def facts(row: Row, overlap: int) -> str:
+def facts(row: Row) -> str:
     """What is known of a sequence, in one line."""
     known = [f"#{row.rank:,}" + ("" if row.scored is None else f" of {row.scored:,}")]
     if row.nats_per_copy is not None:
@@ -197,9 +231,12 @@ def facts(row: Row, overlap: int) -> str:
     else:
         known.append(f"raw {number(row.score, sign=True)} nats")
     known += [visible(word) for word in (row.language, row.source) if word]
-    if row.bm25_rank is not None:
-        known.append(f"BM25 rank {row.bm25_rank:,}")
-    known.append(f"longest shared run {overlap} token{'' if overlap == 1 else 's'}")
+    known += [f"one of {row.copies:,} copies"] if row.copies > 1 else []
+    if not row.overlap:
+        known.append("no token shared")
+    else:
+        known += [f"BM25 rank {row.bm25_rank:,}"] if row.bm25_rank is not None else []
+        known.append(f"longest shared run {row.overlap} token{'' if row.overlap == 1 else 's'}")
     if row.token_scores is not None and (total := float(numpy.abs(row.token_scores).sum())):
         if float(numpy.linalg.norm(row.token_scores)) / total > SPARSE:
             known.append("sparse: one token carries it")

@@ -18,9 +18,12 @@ from influence_kit.reading.card_model import (
     UNDERLINE_FROM,
     WINDOW,
     Card,
+    captions,
     crop,
     direction,
+    in_english,
     level,
+    shared_query,
     visible,
 )
 from influence_kit.reading.style import FAINT, INK, NEGATIVE, POSITIVE, style
@@ -37,7 +40,7 @@ ATOM = re.compile(rf"\s*[{WIDE}]|\s*[^\s{WIDE}]+|\s+")
 
 Item = tuple[str, float, bool]  # text, token score, bold
 Word = list[Item]  # what no line may break: tokens of one word, and the space before it
-# ("text", x, y, string, size, colour, bold), ("box", x, y, width, height, colour, alpha) or ("line", x, y, width,
+# ("text", x, y, string, size, colour, bold, fonts), ("box", x, y, width, height, colour, alpha) or ("line", x, y, width,
 # colour, dotted), in CSS pixels from the top left corner of the picture
 Mark = tuple
 Measure = Callable[[str, bool], float]  # the width of a text, bold or not
@@ -198,46 +201,80 @@ def _flow(
                         marks.append(("line", at, y + leading - 2, end - start, sign, score < 0))
                 start = end
             if body:
-                marks.append(("text", left, y + 0.72 * leading, body, size, colour, bold))
+                marks.append(("text", left, y + 0.72 * leading, body, size, colour, bold, families))
             edge += gap + extent
         y += leading
     return y
 
 
-def _card(card: Card, x: float, width: float) -> tuple[list[Mark], float, tuple[str, ...]]:
-    """Marks of one card whose left edge is at x, and its height."""
-    everything = card.title + card.prompt + card.completion
-    everything += "".join(known + "".join(t for t, _ in text) for _, rows in card.sections for _, known, text in rows)
-    families = tuple(fonts.families(everything))
+def _paragraphs(marks: list[Mark], cards: Sequence[Card], x: float, width: float) -> Callable[..., float]:
+    """`_flow` with margins, and with fonts that cover all of the cards' text."""
+    texts = [part for c in cards for part in (c.title, c.prompt, c.completion, c.gloss, c.caption)]
+    texts += [known + row.gloss for c in cards for _, rows in c.sections for row, known, _ in rows]
+    texts += [token for c in cards for _, rows in c.sections for _, _, text in rows for token, _ in text]
+    families = tuple(fonts.families("".join(texts)))
+
+    def flow(items: Sequence[Item], y: float, *, indent: float = 0, **options: Any) -> float:
+        left, inner = x + MARGIN + indent, width - 2 * MARGIN - indent
+        return _flow(marks, items, left, y, inner, families=families, **options)
+
+    return flow
+
+
+SMALL: dict[str, Any] = {"size": 10.5, "leading": 16, "colour": FAINT}
+
+
+def _query(flow: Callable[..., float], card: Card, y: float) -> float:
+    y = flow([(card.prompt, 0.0, False), (card.completion, 0.0, True)], y) + 2
+    return flow([(in_english(card.gloss), 0.0, False)], y - 2, **SMALL) + 2 if card.gloss else y
+
+
+def _card(card: Card, x: float, y: float, width: float, asked: bool) -> tuple[list[Mark], float]:
+    """Marks of one card whose left edge is at x and whose top is at y, and the y below it."""
     marks: list[Mark] = []
-    inner = width - 2 * MARGIN
-    left, y = x + MARGIN, 10.0
-    flow = functools.partial(_flow, marks, families=families)
-    small: dict[str, Any] = {"size": 10.5, "leading": 16, "colour": FAINT}
+    flow = _paragraphs(marks, [card], x, width)
     if card.title:
-        y = flow([(visible(card.title), 0.0, True)], left, y, inner, size=15, leading=24)
-    y = flow([(card.prompt, 0.0, False), (card.completion, 0.0, True)], left, y, inner) + 2
-    y = flow([(card.legend, 0.0, False)], left, y, inner, **small)
+        y = flow([(visible(card.title), 0.0, True)], y, size=15, leading=24)
+    if asked:
+        y = _query(flow, card, y)
+    for head, rows in card.sections:
+        y = flow([(head, 0.0, True)], y + 6, size=13, leading=21)
+        for row, known, text in rows:
+            top = y + 3
+            y = flow([(known, 0.0, False)], top, indent=INDENT, **SMALL)
+            shown = [(token, score, False) for token, score in crop(text, WINDOW)[1]]
+            y = flow(shown, y, indent=INDENT, clip=card.clip)
+            if row.gloss:
+                y = flow([(in_english(row.gloss), 0.0, False)], y, indent=INDENT, **SMALL)
+            marks.append(("box", x + MARGIN, top, 3, y - top, POSITIVE if row.score > 0 else NEGATIVE, 1.0))
+            y += 4
+    y = flow([(card.legend, 0.0, False)], y + 6, **SMALL)
     if card.magnitudes:
-        ramp, cell = left + 46, 4
+        ramp, cell = x + MARGIN + 46, 4
         zero = ramp + LEVELS * cell
         for i in range(1, LEVELS + 1):
             marks.append(("box", zero - i * cell, y + 3, cell, 12, NEGATIVE, ALPHA * i / LEVELS))
             marks.append(("box", zero + (i - 1) * cell, y + 3, cell, 12, POSITIVE, ALPHA * i / LEVELS))
         marks.append(("line", ramp, y + 16, zero - ramp, NEGATIVE, True))
         marks.append(("line", zero, y + 16, zero - ramp, POSITIVE, False))
-        flow([("lowers", 0.0, False)], left, y, 60, **small)
-        y = flow([("raises", 0.0, False)], 2 * zero - ramp + 6, y, 60, **small)
-    for head, rows in card.sections:
-        y = flow([(head, 0.0, True)], left, y + 10, inner, size=13, leading=21)
-        for row, known, text in rows:
-            top = y + 3
-            y = flow([(known, 0.0, False)], left + INDENT, top, inner - INDENT, **small)
-            shown = [(token, score, False) for token, score in crop(text, WINDOW)[1]]
-            y = flow(shown, left + INDENT, y, inner - INDENT, clip=card.clip)
-            marks.append(("box", left, top, 3, y - top, POSITIVE if row.score > 0 else NEGATIVE, 1.0))
-            y += 4
-    return marks, y + 8, families
+        flow([("lowers", 0.0, False)], y, **SMALL)
+        y = flow([("raises", 0.0, False)], y, indent=2 * zero - ramp + 6 - x - MARGIN, **SMALL)
+    return marks, y + 8
+
+
+def _laid(cards: Sequence[Card]) -> tuple[list[Mark], float, float]:
+    """Marks of cards beside each other, and the picture's width and height."""
+    each = ALONE if len(cards) == 1 else BESIDE // len(cards)
+    width, y, shared = len(cards) * (each + GAP) - GAP, 10.0, shared_query(cards)
+    marks: list[Mark] = []
+    flow = _paragraphs(marks, cards, 0, width)
+    if shared:
+        y = _query(flow, cards[0], y) + 6
+    columns = [_card(card, i * (each + GAP), y, each, not shared) for i, card in enumerate(cards)]
+    y = max(bottom for _, bottom in columns)
+    for text in captions(cards):
+        y = flow([(visible(text), 0.0, False)], y) + 8
+    return marks + [mark for part, _ in columns for mark in part], width, y
 
 
 def png(cards: Sequence[Card], alt: str) -> bytes:
@@ -251,27 +288,24 @@ def png(cards: Sequence[Card], alt: str) -> bytes:
     from PIL.PngImagePlugin import PngInfo
 
     with style():
-        each = ALONE if len(cards) == 1 else BESIDE // len(cards)
-        laid = [_card(card, i * (each + GAP), each) for i, card in enumerate(cards)]
-        width, height = len(cards) * (each + GAP) - GAP, max(bottom for _, bottom, _ in laid)
+        marks, width, height = _laid(cards)
         fig = Figure(figsize=(width / DPI, height / DPI), dpi=DPI * ZOOM, layout="none")  # type: ignore[arg-type]
         pixels = Affine2D().scale(ZOOM, -ZOOM).translate(0, round(height * ZOOM))
-        for marks, _, families in laid:
-            for kind, x, y, *rest in sorted(marks, key=lambda mark: mark[0] == "text"):
-                if kind == "text":
-                    text, size, colour, bold = rest
-                    fig.text(
-                        x, y, text, transform=pixels, font=_font(size, bold, families), color=colour, va="baseline",
-                        parse_math=False,
-                    )  # fmt: skip
-                elif kind == "box":
-                    w, h, colour, alpha = rest
-                    fig.add_artist(Rectangle((x, y), w, h, transform=pixels, color=colour, alpha=alpha, linewidth=0))
-                else:
-                    w, colour, dotted = rest
-                    line = Line2D([x, x + w], [y, y], color=colour, linewidth=1.1, linestyle=":" if dotted else "-")
-                    line.set_transform(pixels)
-                    fig.add_artist(line)
+        for kind, x, y, *rest in sorted(marks, key=lambda mark: mark[0] == "text"):
+            if kind == "text":
+                text, size, colour, bold, families = rest
+                fig.text(
+                    x, y, text, transform=pixels, font=_font(size, bold, families), color=colour, va="baseline",
+                    parse_math=False,
+                )  # fmt: skip
+            elif kind == "box":
+                w, h, colour, alpha = rest
+                fig.add_artist(Rectangle((x, y), w, h, transform=pixels, color=colour, alpha=alpha, linewidth=0))
+            else:
+                w, colour, dotted = rest
+                line = Line2D([x, x + w], [y, y], color=colour, linewidth=1.1, linestyle=":" if dotted else "-")
+                line.set_transform(pixels)
+                fig.add_artist(line)
         canvas = FigureCanvasAgg(fig)
         canvas.draw()
     # A palette makes a third of the bytes; this method keeps each shade of the ramps within 4 %.

@@ -12,7 +12,7 @@ from PIL import Image
 from influence_kit.errors import UserError
 from influence_kit.reading.card_model import LONGEST, Row, crop, direction, spans, visible
 from influence_kit.reading.card_png import _flow
-from influence_kit.reading.cards import query_card, side_by_side
+from influence_kit.reading.cards import median_query, query_card, side_by_side, which_query
 from influence_kit.reading.fonts import BASE
 from influence_kit.reading.style import NEGATIVE, POSITIVE
 
@@ -86,16 +86,16 @@ def test_alignment_moves_scores_one_token():
 def test_split_characters_padding_and_joiner():
     assert spans(row(tokens=["한", "", " x"], scores=[1.0, 2.0, 4.0])) == [("한", 3.0), (" x", 4.0)]
     padded = row(tokens=["a"] + ["<pad>"] * 9, scores=[1.0] + [0.5] * 9)
-    assert spans(padded) == [("a", 1.0), ("⟨<pad> ×9⟩", 4.5)]
+    assert spans(padded) == [("a", 1.0), (" ⟨padding ×9⟩", 4.5)]
     assert spans(row(tokens=["a", "b"]), joiner=" ") == [("a", 0.5), (" b", 0.5)]
 
 
 def test_a_start_that_has_no_score_is_not_shown():
     started = row(tokens=["<bos>", "a", "b"], scores=[1.0, 2.0, 0.0])
     assert spans(started, "predicted", " ") == [("a", 1.0), (" b", 2.0)]
-    assert spans(started)[0] == ("<bos>", 1.0)  # shaded, thus shown
+    assert spans(started)[0] == ("⟨start⟩", 1.0)  # shaded, thus shown
     shown = query_card(["<bos>", "a"], ["<eos>"], [row()])
-    assert "bos" not in shown.html + shown.alt and "<b>&lt;eos&gt;</b>" in shown.html
+    assert "bos" not in shown.html + shown.alt and "<b>⟨end⟩</b>" in shown.html
 
 
 def test_scale_is_symmetric_clipped_and_said():
@@ -108,9 +108,8 @@ def test_scale_is_symmetric_clipped_and_said():
     assert 'class="p20" title="+5"' in shown.html and "whole sequence, 1000 tokens" in shown.html
     start = crop(spans(shown.cards[0].top[0]), 64)[1]
     assert len(start) == 65 and (max(start, key=lambda s: s[1]))[1] == 5.0
-    both = side_by_side([card(row(0.001)), card(row(1.0))])
-    small, large = both.cards
-    assert small.scale == large.scale and 'class="p20"' not in both.html.split('class="col"')[1].split("nats")[-1]
+    small, large = side_by_side([card(row(0.001)), card(row(1.0))]).cards
+    assert small.clip == pytest.approx(large.clip / 1000)  # each on its own
 
 
 def test_top_and_bottom_by_sign_and_no_number_lost():
@@ -120,9 +119,9 @@ def test_top_and_bottom_by_sign_and_no_number_lost():
     assert [r.rank for r in shown.cards[0].top] == [1, 2] and [r.rank for r in shown.cards[0].bottom] == [5, 4]
     for text in (shown.html, shown.alt):
         assert "+0.000112 nats per copy (raw +9)" in text and "-2.5e-5 nats per copy (raw -2)" in text
-        assert "Turkish · news · BM25 rank 7 · longest shared run 0 tokens" in text and "#1 of 12,000 · " in text
-    overlapping = row(tokens=["x", "Will", " you", "y"], scores=[0.0, 8.0, 0.0, 1.0])
-    assert "longest shared run 2 tokens · sparse" in card(overlapping).html
+        assert "Turkish · news · no token shared" in text and "#1 of 12,000 · " in text
+    overlapping = row(tokens=["x", "Will", " you", "y"], scores=[0.0, 8.0, 0.0, 1.0], bm25_rank=7)
+    assert "BM25 rank 7 · longest shared run 2 tokens · sparse" in card(overlapping).html
     with pytest.raises(UserError, match="above or below 0"):
         card(row(0.0))
     with pytest.raises(UserError, match="2 token scores for 3 tokens"):
@@ -202,3 +201,61 @@ def test_a_word_wider_than_the_line_is_broken_and_a_long_token_cut():
         and "… ⟨100,000 characters⟩" in long.html
         and "x" * (LONGEST + 1) not in long.html
     )
+
+
+def test_sequences_that_say_the_same_are_shown_once_where_asked():
+    rows = [row(3.0 - i, tokens=["x", f" {i // 2}"], rank=i + 1, copies=2) for i in range(4)]
+    assert [r.rank for r in card(*rows).cards[0].top] == [1, 2, 3]
+    shown = card(*rows, distinct=True)
+    assert [r.rank for r in shown.cards[0].top] == [1, 3] and "one of 2 copies" in shown.html
+
+
+def test_foreign_text_has_its_english_below_and_a_card_a_caption():
+    foreign = row(tokens=["heute", " Alice"], gloss="today <b>Alice</b>")
+    shown = card(foreign, gloss="will you stop", caption="It contradicts & so on.")
+    assert shown.html.count("English: ") == 2 and "today &lt;b&gt;Alice" in shown.html
+    assert "It contradicts &amp; so on." in shown.html and shown.alt.endswith("It contradicts & so on.")
+    small, plain = (Image.open(io.BytesIO(view.png)).size[1] for view in (shown, card(row(tokens=["heute", " Alice"]))))
+    assert small > plain + 60  # three more lines
+    both = side_by_side([shown, shown]).html
+    assert both.count("English: will you stop") == 1 and both.count("It contradicts") == 1  # what both say stands once
+    other = query_card(["Could"], [" he"], [row()])
+    assert side_by_side([shown, other]).html.count("English: will you stop") == 1
+
+
+def test_further_lists_stand_below_and_fewer_of_the_lowest():
+    shown = card(row(), row(-2.0, rank=9), row(-1.0, rank=8), further={"Highest by RelatIF": [row(rank=3)]}, lowest=1)
+    assert [(head, len(rows)) for head, rows in shown.cards[0].sections] == [
+        ("Raise the completion's log probability most", 1),
+        ("Lower it most", 1),
+        ("Highest by RelatIF", 1),
+    ]
+    assert len(card(row(), row(-1.0), lowest=0).cards[0].sections) == 1
+
+
+def test_the_median_query_is_shown_and_said_to_contradict():
+    values = [0.1, float("nan"), 0.5, 0.9, -0.2]
+    assert median_query(values) == 0
+    assert which_query(values, 0, 0.3, 0, "the large model's lead") == (
+        "Shown is the median one of 5 queries: the large model's lead is 0.1 here, 0.3 over all."
+    )
+    assert "Shown is one query:" in (told := which_query(values, 4, 0.3, 0, "the lead")) and "contradicts" in told
+    with pytest.raises(UserError, match="none of 1 queries"):
+        median_query([float("nan")])
+
+
+@pytest.mark.parametrize(("first", "second"), [("a", "b"), ("다음", "값"), ("say", "Wort")])
+@pytest.mark.parametrize("bold", [False, True])
+def test_a_space_takes_its_width_at_either_end_of_a_token(first, second, bold):
+    (ended, boxes), (begun, _) = (
+        set_of([(one, 1.0, False), (two, -1.0, bold)]) for one, two in ((f"{first} ", second), (first, f" {second}"))
+    )
+    assert ended[second] == pytest.approx(begun[second], abs=1)
+    touching, _ = set_of([(first, 0.0, False), (second, 0.0, bold)])
+    assert ended[second] > touching.get(second, 0) + 2 and boxes
+
+
+def test_nothing_of_a_card_says_percentile_or_bos():
+    shown = card(row(tokens=["<bos>", "a"], scores=[1.0, 2.0]), row(-1.0))
+    for text in (shown.html, shown.alt):
+        assert "percentile" not in text and "<bos>" not in text and "&lt;bos" not in text
