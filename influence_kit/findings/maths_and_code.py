@@ -8,13 +8,14 @@ the second (.5 where the ranking does not tell them apart):
     auc_answer   SA over OA: both share the answer and no other word, only one computes the same
     auc_nothing  S0 over O0: neither shares a word
 
-Signed influences of a class nearly cancel near convergence, so rankings are read by |score| unless told otherwise. The
+Signed influences of a class nearly cancel near convergence, so rankings are read by |score| as well as by the score. The
 correlation of two queries' influences over all scanned sequences is the measure of Ruis et al. 2024 (arXiv 2411.12580):
 queries that are answered by one procedure should draw on the same sequences.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,11 +23,10 @@ import numpy as np
 from influence_kit.corpora.world import World, token_matrix
 from influence_kit.corpora.worlds.procedures import OWNS, PROCEDURES, SO, TIERS, tiers
 from influence_kit.errors import UserError
-from influence_kit.findings.families import END, Planned, planted_grid, section, trained_again
+from influence_kit.findings.families import END, Planned, planted_grid, section
 from influence_kit.findings.profiles import Profile
 from influence_kit.findings.trained import Trained
-from influence_kit.measures.intervals import pick
-from influence_kit.measures.lexical import bm25
+from influence_kit.measures.intervals import estimate_of, pick
 from influence_kit.measures.lifts import auc, lift
 
 if TYPE_CHECKING:
@@ -55,10 +55,9 @@ RELATIONS = {
 
 
 def reads(profile: Profile) -> list[Planned]:
-    """Procedures along its training, trained again without a procedure's texts or a name's, and with random answers."""
-    found = planted_grid(profile, "procedures", fractions=(*section(profile, "procedures", "11").scan.fractions, END))
-    found += trained_again(profile, "procedures", "11", "without_procedure", "without_names")
-    return found + planted_grid(profile, "procedures", ("shuffled",))
+    """Procedures at the end of training."""
+    section(profile, "procedures", "11")
+    return planted_grid(profile, "procedures")
 
 
 def contrasts(
@@ -103,12 +102,6 @@ def contrasts(
     for name, side in zip(("same", "names"), CONTRASTS["auc"]):
         columns[name] = lift(read, _union(members, side), top)
     return pandas.DataFrame({**columns, **{name: lift(read, members[name], top) for name in TIERS}})
-
-
-def word_overlap(world: World, rows: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """BM25 [Q, N] of the sequences at `rows` for the queries with their answers, the first token left out."""
-    asked, documents = token_matrix(world.queries)[queries], token_matrix(world.sequences)[rows]
-    return bm25(asked[:, 1:], documents[:, 1:])
 
 
 def within_and_between(
@@ -196,11 +189,28 @@ def read(trained: Trained, fraction: float = END, form: str = "raw", **options) 
     return found.assign(size=trained.parameters, seed=trained.seed, fraction=fraction)
 
 
-def read_overlap(trained: Trained, top: float) -> pandas.DataFrame:
-    """`contrasts` of plain word overlap in place of influence."""
-    scan = trained.scan()
-    found = contrasts(trained.world, word_overlap(trained.world, scan.rows, scan.queries), scan.rows, scan.queries, top)
-    return found.assign(size=trained.parameters, seed=trained.seed)
+def both_ways(runs: Iterable[Trained], form: str, top: float) -> dict[str, pandas.DataFrame]:
+    """`read` of all models at the end of training, ranked by the score and by its size."""
+    import pandas
+
+    sides = {"by the score": False, "by the size of the score": True}
+    return {
+        way: pandas.concat(read(run, form=form, top=top, two_sided=two_sided) for run in runs)
+        for way, two_sided in sides.items()
+    }
+
+
+def in_short(ways: Mapping[str, pandas.DataFrame], small: int, large: int) -> str:
+    """The AUC of the smallest and of the largest model in both ways of ranking, in a sentence."""
+    told = (
+        f"{way} from {estimate_of(pick(rows, size=small), 'auc', bounds=(0, 1)):.2f} to "
+        f"{estimate_of(pick(rows, size=large), 'auc', bounds=(0, 1)):.2f}"
+        for way, rows in ways.items()
+    )
+    return (
+        f"From {small:,} to {large:,} weights, the chance that a word problem of the same procedure stands above one with the same names "
+        f"goes {', and '.join(told)}."
+    )
 
 
 def read_dealt(trained: Trained, form: str, **options) -> pandas.DataFrame:
@@ -217,26 +227,13 @@ def related(trained: Trained, form: str, method: str = "pearson") -> pandas.Data
     return rows.assign(size=trained.parameters, seed=trained.seed)
 
 
-def by_checkpoint(along: pandas.DataFrame, answers: pandas.DataFrame) -> pandas.DataFrame:
-    """AUC and accuracy beside each other: one row a kind, size, seed and fraction of training.
-
-    Args:
-        along: Of `read`, of all checkpoints.
-        answers: Of all models, with size and seed; those at kept checkpoints count for the scanned one that is nearest.
-    """
-    path, keys = sorted(along["fraction"].unique()), ["kind", "size", "seed", "fraction"]
-    reached = answers[answers["fraction"] > 0].copy()
-    reached["fraction"] = reached["fraction"].map(lambda fraction: min(path, key=lambda kept: abs(kept - fraction)))
-    return along.groupby(keys)["auc"].mean().to_frame().join(reached.groupby(keys)["correct"].mean()).reset_index()
-
-
 def cards(smallest: Trained, largest: Trained, kind: str, found: pandas.DataFrame) -> CardView:
-    """One query in both models: of its kind, the one that three quarters lie below by AUC in the largest."""
+    """One query in both models: of its kind, the median one by AUC in the largest."""
     from influence_kit.reading.cards import side_by_side
 
     rows = pick(found, seed=largest.seed, size=largest.parameters).reset_index(drop=True)
     asked = pick(rows, kind=kind)["auc"].fillna(0)
-    query = int(asked.index[asked.to_numpy().argsort(kind="stable")[len(asked) * 3 // 4]])
+    query = int(asked.index[asked.to_numpy().argsort(kind="stable")[len(asked) // 2]])
     made = []
     for trained in (smallest, largest):
         scan = trained.scan()
