@@ -21,6 +21,7 @@ SPECIAL = {"<bos>": "start", "<s>": "start", "<|endoftext|>": "end", "</s>": "en
 SPECIAL |= {"<pad>": "padding", "[PAD]": "padding", "<|padding|>": "padding"}
 LEVELS, ALPHA, UNDERLINE_FROM = 20, 0.6, 3  # steps of shading, the strongest, and the step that is also underlined
 SPARSE = 2 / 3  # the paper drops sequences whose token scores exceed this |a|_2 / |a|_1: one token carries them
+SHORT = 24  # tokens of a sequence that one token may carry without a word about it
 WINDOW = 64  # tokens shown of a long sequence
 LONGEST = 200  # characters shown of a long token
 
@@ -91,7 +92,8 @@ class Card:
     @functools.cached_property
     def sections(self) -> list[tuple[str, list[tuple[Row, str, list[Span]]]]]:
         """(heading, [(row, what is known of it in one line, its tokens)])."""
-        heads = "Raise the completion's log probability most", "Lower it most"
+        asked = "the bold part" if self.prompt else "this text"
+        heads = f"Training texts that make {asked} more likely", "Less likely"
         lists = *zip(heads, (self.top, self.bottom)), *self.further
         return [
             (head, [(row, facts(row), spans(row, self.alignment, self.joiner)) for row in rows])
@@ -121,8 +123,8 @@ class Card:
             return "no token scores"
         beyond = sum(s > self.clip for s in self.magnitudes)
         return (
-            f"shade: token score, linear, clipped at ±{number(self.clip)} nats ({beyond} of "
-            f"{len(self.magnitudes)} tokens beyond); shaded is the {ALIGNMENTS[self.alignment]}"
+            f"shade: what a token adds, strongest from ±{number(self.clip)} nats on ({beyond} of {len(self.magnitudes)} "
+            f"tokens are beyond); it lies on the {ALIGNMENTS[self.alignment]}"
         )
 
     @functools.cached_property
@@ -176,7 +178,7 @@ def spans(row: Row, alignment: str = "updating", joiner: str = "") -> list[Span]
 
     Scores are aligned; characters spread over tokens are joined; special tokens have plain names, runs of them are
     collapsed, and at the start they are left out unless they have a score; of a long token the start is shown, and how
-    long it is.
+    long it is; a text cut within a character ends in dots.
 
     Raises:
         UserError: as many scores as tokens are not given, or one of them is not finite.
@@ -205,6 +207,8 @@ def spans(row: Row, alignment: str = "updating", joiner: str = "") -> list[Span]
             shown.append((visible((joiner if shown else "") + token), score))
         else:  # the rest of a character that its first token shows
             shown[-1] = (shown[-1][0], shown[-1][1] + score)
+    if shown and shown[-1][0].endswith("\ufffd"):  # a text cut within a character
+        shown[-1] = (f"{shown[-1][0][:-1]}…", shown[-1][1])
     return shown
 
 
@@ -236,8 +240,12 @@ def facts(row: Row) -> str:
         known.append("no token shared")
     else:
         known += [f"BM25 rank {row.bm25_rank:,}"] if row.bm25_rank is not None else []
-        known.append(f"longest shared run {row.overlap} token{'' if row.overlap == 1 else 's'}")
-    if row.token_scores is not None and (total := float(numpy.abs(row.token_scores).sum())):
+        known.append(f"shares {row.overlap} tokens in a row" if row.overlap > 1 else "shares single tokens")
+    if (
+        row.token_scores is not None
+        and len(row.tokens) >= SHORT
+        and (total := float(numpy.abs(row.token_scores).sum()))
+    ):
         if float(numpy.linalg.norm(row.token_scores)) / total > SPARSE:
             known.append("sparse: one token carries it")
     return " · ".join(known)

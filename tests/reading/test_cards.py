@@ -87,6 +87,7 @@ def test_split_characters_padding_and_joiner():
     assert spans(row(tokens=["한", "", " x"], scores=[1.0, 2.0, 4.0])) == [("한", 3.0), (" x", 4.0)]
     padded = row(tokens=["a"] + ["<pad>"] * 9, scores=[1.0] + [0.5] * 9)
     assert spans(padded) == [("a", 1.0), (" ⟨padding ×9⟩", 4.5)]
+    assert spans(row(tokens=["a", " �"], scores=[1.0, 2.0])) == [("a", 1.0), (" …", 2.0)]
     assert spans(row(tokens=["a", "b"]), joiner=" ") == [("a", 0.5), (" b", 0.5)]
 
 
@@ -103,7 +104,8 @@ def test_scale_is_symmetric_clipped_and_said():
     scores[3], scores[500] = 5.0, -5.0
     shown = card(row(tokens=["x"] * 1000, scores=scores))
     assert (
-        shown.cards[0].clip == pytest.approx(0.01) and "clipped at ±0.01 nats (2 of 1000 tokens beyond)" in shown.html
+        shown.cards[0].clip == pytest.approx(0.01)
+        and "strongest from ±0.01 nats on (2 of 1000 tokens are beyond)" in shown.html
     )
     assert 'class="p20" title="+5"' in shown.html and "whole sequence, 1000 tokens" in shown.html
     start = crop(spans(shown.cards[0].top[0]), 64)[1]
@@ -121,7 +123,9 @@ def test_top_and_bottom_by_sign_and_no_number_lost():
         assert "+0.000112 nats per copy (raw +9)" in text and "-2.5e-5 nats per copy (raw -2)" in text
         assert "Turkish · news · no token shared" in text and "#1 of 12,000 · " in text
     overlapping = row(tokens=["x", "Will", " you", "y"], scores=[0.0, 8.0, 0.0, 1.0], bm25_rank=7)
-    assert "BM25 rank 7 · longest shared run 2 tokens · sparse" in card(overlapping).html
+    assert card(overlapping).html.count("BM25 rank 7 · shares 2 tokens in a row</p>") == 1
+    carried = row(tokens=["x", "Will", *"abcdefghijklmnopqrstuvwxyz"], scores=[9.0] + [0.01] * 27)
+    assert "shares single tokens · sparse: one token carries it" in card(carried).html
     with pytest.raises(UserError, match="above or below 0"):
         card(row(0.0))
     with pytest.raises(UserError, match="2 token scores for 3 tokens"):
@@ -226,8 +230,8 @@ def test_foreign_text_has_its_english_below_and_a_card_a_caption():
 def test_further_lists_stand_below_and_fewer_of_the_lowest():
     shown = card(row(), row(-2.0, rank=9), row(-1.0, rank=8), further={"Highest by RelatIF": [row(rank=3)]}, lowest=1)
     assert [(head, len(rows)) for head, rows in shown.cards[0].sections] == [
-        ("Raise the completion's log probability most", 1),
-        ("Lower it most", 1),
+        ("Training texts that make the bold part more likely", 1),
+        ("Less likely", 1),
         ("Highest by RelatIF", 1),
     ]
     assert len(card(row(), row(-1.0), lowest=0).cards[0].sections) == 1
@@ -259,3 +263,8 @@ def test_nothing_of_a_card_says_percentile_or_bos():
     shown = card(row(tokens=["<bos>", "a"], scores=[1.0, 2.0]), row(-1.0))
     for text in (shown.html, shown.alt):
         assert "percentile" not in text and "<bos>" not in text and "&lt;bos" not in text
+
+
+def test_lists_say_what_they_are_about():
+    heads = [query_card(prompt, ["stop"], [row()]).cards[0].sections[0][0] for prompt in (["will"], [])]
+    assert heads == [f"Training texts that make {asked} more likely" for asked in ("the bold part", "this text")]
