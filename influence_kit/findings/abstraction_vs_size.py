@@ -1,14 +1,15 @@
 """Meaning against overlap in Ladder (chapter 04): what the top of a ranking shares with the query, and whether removing
 it matters.
 
-The contrast fixed beforehand is lift(T2) / lift(T0r), at the end of training and at the checkpoint where the query loss
-is nearest .5 nat: both tiers share the response word with the query and no other word; T2 also states its rule. It is a
-ratio of means over the queries of one seed. 1 is what matching of tokens gives. The mass ratio is the same with
-`meaning_mass` and `overlap_mass`.
+The number fixed beforehand (A5r in the design notes) is, of the influence that the strongest 1 % of sequences hold, of either
+sign, the share of those that state the query's rule in other words (T2, T3) against those that share its words and state
+another rule (T0r, T0a, T0e). It is read at the checkpoint at which the queries cost half a nat: towards no loss scores are
+made of what vanishes.
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -18,54 +19,42 @@ import numpy as np
 from influence_kit.corpora.world import World
 from influence_kit.corpora.worlds.ladder import TIERS, tiers
 from influence_kit.errors import UserError
-from influence_kit.findings.families import END, Planned, planted_grid, section, text_grid
+from influence_kit.findings.families import Fraction, Planned, planted_grid, section, text_grid, trained_again
 from influence_kit.findings.profiles import Profile
 from influence_kit.findings.trained import Trained, changed_answers
-from influence_kit.measures.checkpoints import half_nat
-from influence_kit.measures.intervals import Estimate, bootstrap, estimate_of, ratio_of_means
+from influence_kit.measures.checkpoints import READ, nearest
+from influence_kit.measures.intervals import Estimate, estimate_of, gaps, over_seeds
 from influence_kit.measures.lexical import idf_overlap, overlap, target_counts
-from influence_kit.measures.lifts import lift, mass_share, precision_at, top_members
+from influence_kit.measures.lifts import lift, mass_share
 
 if TYPE_CHECKING:
     import pandas
 
-CONCEPT = ("T1", "T2", "T3")  # the query's own rule
-MEANING = ("T2", "T3")  # its rule without its agent or event
+MEANING = ("T2", "T3")  # the query's rule without its agent or event
 OVERLAP = ("T0r", "T0a", "T0e")  # its words in other rules
-INDEX = ["T2", "T0r"]
 MASS = ["meaning_mass", "overlap_mass"]
+RETRAINED = ("dropped_rule", "dropped_T0r", "dropped_random")
 
 
 def reads(profile: Profile) -> list[Planned]:
-    """Ladder along training, trained again without tiers, and real text."""
+    """Ladder along training and where it is read, trained again without tiers, and real text."""
     grid = section(profile, "ladder", "04")
-    dropped = [arm for arm in grid.arms if arm.startswith("dropped_")]
-    found = planted_grid(profile, "ladder", fractions=(*grid.scan.fractions, END))
-    return found + planted_grid(profile, "ladder", dropped, fractions=()) + text_grid(profile)
+    found = planted_grid(profile, "ladder", fractions=(*grid.scan.fractions, READ))
+    return found + trained_again(profile, "ladder", "04", *RETRAINED) + text_grid(profile)
 
 
 def abstraction(
-    world: World,
-    values: np.ndarray,
-    rows: np.ndarray,
-    queries: np.ndarray,
-    top: float = 0.01,
-    k: int = 6,
-    two_sided: bool = False,
+    world: World, values: np.ndarray, rows: np.ndarray, queries: np.ndarray, top: float = 0.01
 ) -> pandas.DataFrame:
     """One row per scored query of Ladder.
 
     Args:
         values: Scores [Q, N], of any form, of the sequences at `rows` for the queries at `queries`.
-        top: The share of the scan whose lifts are read.
-        k: The highest scores whose precision is read.
-        two_sided: Lifts are of the largest |scores|.
+        top: The share of the scan that is read.
 
     Returns:
-        T1 ... T5, the tier's lift; meaning_mass and overlap_mass, the share of the two-sided mass of the top held by T2
-        and T3, and by T0r, T0a and T0e; precision, the share of the query's own rule (T1, T2, T3) among its k highest
-        scores, and shuffled_precision, the same share where the rule is another query's (mean over the queries of all
-        other rules; nan where there is none).
+        T1 ... T5, the lift of each tier into the largest |scores|; meaning_mass and overlap_mass, the shares of these
+        scores' mass that T2 and T3, and T0r, T0a and T0e hold.
 
     Raises:
         UserError: Scores whose shape does not fit.
@@ -76,85 +65,69 @@ def abstraction(
     if values.shape != (len(queries), len(rows)):
         raise UserError(f"Scores have shape {values.shape}; {len(queries)} queries and {len(rows)} rows need [Q, N].")
     members = tiers(replace(world, queries=world.queries.take(queries)), rows)
-    columns = {name: lift(values, members[name], top, two_sided) for name in TIERS}
-    for name, group in (("meaning_mass", MEANING), ("overlap_mass", OVERLAP)):
-        columns[name] = mass_share(values, _union(members, group), top, two_sided=True)
-    concept = _union(members, CONCEPT)
-    columns["precision"] = precision_at(values, concept, k)
-    columns["shuffled_precision"] = _of_others(values, concept, world.queries["cell"].to_numpy()[queries], k)
+    columns = {name: lift(values, members[name], top, two_sided=True) for name in TIERS}
+    for name, group in zip(MASS, (MEANING, OVERLAP), strict=True):
+        columns[name] = mass_share(values, np.any([members[tier] for tier in group], axis=0), top, two_sided=True)
     return pandas.DataFrame(columns)
 
 
-def _union(members: dict[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
-    return np.any([members[name] for name in names], axis=0)
-
-
-def _of_others(values: np.ndarray, concept: np.ndarray, cell: np.ndarray, k: int) -> np.ndarray:
-    """Each ranking's precision for the rules of the other queries, [Q]: what any query's ranking gives."""
-    k = min(k, values.shape[1])
-    highest = top_members(values, k / values.shape[1])
-    found = highest.astype(np.float32) @ concept.T.astype(np.float32) / k  # [ranking, rule]
-    apart = np.not_equal.outer(cell, cell) & concept.any(1)
-    counted = apart.sum(1)
-    return np.divide((found * apart).sum(1), counted, out=np.full(len(values), np.nan), where=counted > 0)
-
-
-def read(
-    run: Trained, score: str, top: float, k: int, fraction: float = 1.0, two_sided: bool = False
-) -> pandas.DataFrame:
-    """`abstraction` of a model's scan in one form of the score, at a checkpoint."""
+def read(run: Trained, score: str, top: float, fraction: Fraction = READ) -> pandas.DataFrame:
+    """`abstraction` of a model's scan in one form of the score, at a checkpoint, with the accuracy and the loss of its
+    queries there."""
     scan = run.scan(fraction)
-    found = abstraction(run.world, getattr(scan, score), scan.rows, scan.queries, top, k, two_sided)
-    return found.assign(size=run.parameters, seed=run.seed, fraction=fraction)
+    found = abstraction(run.world, getattr(scan, score), scan.rows, scan.queries, top)
+    at = answered(run, fraction).set_index("query").loc[scan.queries]
+    about = {"size": run.parameters, "seed": run.seed, "fraction": str(fraction)}
+    return found.assign(correct=at["correct"].to_numpy(float), loss=-at["log_p"].to_numpy(), **about)
 
 
-def read_words(run: Trained, top: float, k: int) -> pandas.DataFrame:
+def answered(run: Trained, fraction: Fraction = READ) -> pandas.DataFrame:
+    """A model's answers at a checkpoint."""
+    kept = run.answers["fraction"]
+    return run.answers[kept == nearest(run.at(fraction), kept.unique())]
+
+
+def read_words(run: Trained, top: float) -> pandas.DataFrame:
     """`abstraction` of a model's scan by BM25.
 
     Ties are everywhere in BM25: noise far below any difference breaks them, the same way for all tiers.
     """
-    scan = run.scan()
+    scan = run.scan(READ)
     values = overlap(run.world, scan.rows, scan.queries)
     values = values + 1e-6 * np.random.default_rng([run.seed, 0xB25]).random(values.shape)
-    return abstraction(run.world, values, scan.rows, scan.queries, top, k).assign(seed=run.seed)
+    return abstraction(run.world, values, scan.rows, scan.queries, top).assign(seed=run.seed)
 
 
-def index(rows: pandas.DataFrame) -> Estimate:
-    """The abstraction index, lift(T2) / lift(T0r), of a table of `abstraction` with a column seed."""
-    return estimate_of(rows, INDEX, ratio_of_means, bounds=(0, np.inf))
+def share(masses: np.ndarray) -> float:
+    """Meaning's part of what meaning and overlap hold together, of the masses [Q, 2] of a seed's queries."""
+    meaning, both = masses.mean(0)[0], masses.mean(0).sum()
+    return float(meaning / both) if both > 0 else float("nan")
 
 
-def mass_ratio(rows: pandas.DataFrame) -> Estimate:
-    """Meaning's mass over overlap's, of a table of `abstraction` with a column seed."""
-    return estimate_of(rows, MASS, ratio_of_means, bounds=(0, np.inf))
+def meaning_share(rows: pandas.DataFrame) -> Estimate:
+    """`share` within each seed, of a table of `abstraction` with a column seed."""
+    return estimate_of(rows, MASS, share, method="t", bounds=(0, 1))
 
 
-def top_decline(small: np.ndarray, large: np.ndarray, k: int = 10) -> np.ndarray:
-    """Mean of each query's k highest scores in the small model over that in the large one: [Q], both [Q, N].
-
-    Both must score the same queries and sequences. nan where a query's highest scores in the large model are not
-    positive.
-    """
-    small, large = np.asarray(small, float), np.asarray(large, float)
-    if small.shape != large.shape or small.ndim != 2 or not 1 <= k <= small.shape[1]:
-        raise UserError(
-            f"Scores of shapes {small.shape} and {large.shape} with k={k}: give both as [Q, N] with N >= k."
-        )
-    first, second = (np.sort(values, axis=1)[:, -k:].mean(1) for values in (small, large))
-    return np.divide(first, second, out=np.full(len(first), np.nan), where=second > 0)
-
-
-def declines(runs: Iterable[Trained]) -> pandas.DataFrame:
-    """`top_decline` from the smallest model to the largest, a row a query and seed."""
+def points(along: pandas.DataFrame) -> pandas.DataFrame:
+    """`share`, accuracy and loss of every seed, size and checkpoint of a table of `read`."""
     import pandas
 
-    by = {(run.parameters, run.seed): run for run in runs}
-    small, large = min(by)[0], max(by)[0]
-    return pandas.concat(
-        pandas.DataFrame({"decline": top_decline(by[small, seed].scan().raw, run.scan().raw), "seed": seed})
-        for (size, seed), run in by.items()
-        if size == large
+    return pandas.DataFrame(
+        {"seed": seed, "size": size, "fraction": fraction, "share": share(part[MASS].to_numpy())}
+        | {name: part[name].mean() for name in ("correct", "loss")}
+        for (seed, size, fraction), part in along.groupby(["seed", "size", "fraction"])
     )
+
+
+def slope_given(points: pandas.DataFrame, *given: str) -> Estimate:
+    """Change of `share` for ten times the size at equal values of some columns: the coefficient of log10 size in least
+    squares over the sizes and checkpoints of each seed."""
+    slopes = {}
+    for seed, part in points.dropna().groupby("seed"):
+        design = np.column_stack([np.log10(part["size"]), np.ones(len(part)), part[list(given)].to_numpy(float)])
+        slopes[seed] = float(np.linalg.lstsq(design, part["share"].to_numpy(), rcond=None)[0][0])
+    return over_seeds(slopes, n=len(points))
 
 
 def partial_rank(values: np.ndarray, concept: np.ndarray, overlap: np.ndarray) -> np.ndarray:
@@ -177,52 +150,34 @@ def given_overlap(run: Trained) -> pandas.DataFrame:
     """How closely |influence| follows the query's rule once BM25 is given, a row a query."""
     import pandas
 
-    scan = run.scan()
+    scan = run.scan(READ)
     asked, told = run.world.queries.take(scan.queries), run.world.sequences.take(scan.rows)
     same = asked["cell"].to_numpy()[:, None] == told["cell"].to_numpy()[None]
     values = partial_rank(np.abs(scan.raw), same, overlap(run.world, scan.rows, scan.queries))
     return pandas.DataFrame({"partial": values, "size": run.parameters, "seed": run.seed})
 
 
-def at_half_nat(run: Trained, path: Sequence[float]) -> float:
-    """The checkpoint at which the loss of a model's scored queries is nearest half a nat."""
-    return half_nat(run.answers[run.answers["query"].isin(run.scan().queries)], path)
-
-
-def index_and_accuracy(along: pandas.DataFrame, answers: pandas.DataFrame) -> pandas.DataFrame:
-    """The index and the accuracy on all queries (`correct`) of every seed, size and checkpoint; `answers` as `snapped`
-    gives them."""
-    by = ["seed", "size", "fraction"]
-    means = along.groupby(by)[INDEX].mean()
-    points = (means["T2"] / means["T0r"]).rename("index").reset_index()
-    return points.merge(answers.groupby(by)["correct"].mean().reset_index())
-
-
-def correlation(points: pandas.DataFrame, column: str, given: str) -> Estimate:
-    """Rank correlation, over the sizes and checkpoints of a seed, of the index with one column, given another."""
-    by_seed = {
-        seed: partial_rank(*(part[[name]].to_numpy().T for name in ("index", column, given)))[0]
-        for seed, part in points.groupby("seed")
-    }
-    exact = {"method": "t", "bounds": (-1, 1)} if len(by_seed) > 1 else {}
-    return bootstrap(list(by_seed.values()), list(by_seed), **exact)  # type: ignore[arg-type]
-
-
 def removal(base: Iterable[Trained], again: Iterable[Trained]) -> pandas.DataFrame:
-    """Change of log p (nats) when documents were dropped: one row per model and combination of rule and response word.
+    """What became of answers when documents were dropped: one row per model and combination of rule and response word.
 
     Queries of one combination lose the same documents, so the combination is the unit; what the dropped tier carries is
     the change of treated combinations less that of the others.
 
     Returns:
-        arm, size, seed, combination, change (the mean over the combination's queries), treated.
+        arm, size, seed, combination, change of log p (nats) and gained (of accuracy), means over the combination's
+        queries, treated.
     """
     by = ["arm", "size", "seed", "combination"]
-    return (
-        changed_answers(base, again)
-        .groupby(by, as_index=False)
-        .agg(change=("change", "mean"), treated=("treated", "first"))
-    )
+    changed = changed_answers(base, again)
+    columns = {"change": ("change", "mean"), "gained": ("gained", "mean"), "treated": ("treated", "first")}
+    return changed.groupby(by, as_index=False).agg(**columns)
+
+
+def beyond_word(lost: pandas.DataFrame) -> pandas.DataFrame:
+    """Accuracy gained without the rule's documents less that gained without those that share the word: rows seeds,
+    columns sizes."""
+    effects = gaps(lost, ["arm", "size", "seed"], "gained").unstack("arm")
+    return (effects["dropped_rule"] - effects["dropped_T0r"]).unstack("size")
 
 
 def documents_gone(again: Sequence[Trained]) -> float:
@@ -252,11 +207,59 @@ def read_text(run: Trained, score: str) -> pandas.DataFrame:
     return pandas.DataFrame({"overlap": found, "size": run.parameters, "seed": run.seed})
 
 
-def shown_query(end: pandas.DataFrame, run: Trained) -> tuple[int, dict[int, str]]:
-    """A query in whose top a model has more of its own rule than three quarters of the others have, and the tier of
-    each sequence."""
-    scan = run.scan()
-    own = end[(end["size"] == run.parameters) & (end["seed"] == run.seed)]["T2"].to_numpy()
-    query = int(np.argsort(own, kind="stable")[len(own) * 3 // 4])
-    members = {name: member[scan.queries[query]] for name, member in tiers(run.world, scan.rows).items()}
-    return query, {place: name for name, member in members.items() for place in np.flatnonzero(member)}  # type: ignore[misc]
+def median_query(end: pandas.DataFrame, run: Trained) -> tuple[int, dict[int, str]]:
+    """The query whose meaning's share is the median of a model's, and what each sequence of the scan is to it, in
+    words."""
+    scan = run.scan(READ)
+    masses = end[(end["size"] == run.parameters) & (end["seed"] == run.seed)][MASS].to_numpy()
+    query = int(np.argsort(masses[:, 0] - masses[:, 1], kind="stable")[len(masses) // 2])
+    words = {"T1": "same rule, a shared word", "T2": "same rule", "T3": "same rule", "T0r": "shared word, other rule"}
+    words |= {"T0a": words["T0r"], "T0e": words["T0r"]}
+    members = tiers(run.world, scan.rows)
+    return query, {
+        int(place): word for name, word in words.items() for place in np.flatnonzero(members[name][scan.queries[query]])
+    }
+
+
+def median_text_query(run: Trained, language: str = "en-us") -> int:
+    """Of a real-text model's queries in a language, the one whose overlap with what is influential is the median."""
+    asked = run.world.queries["language"].to_numpy(zero_copy_only=False)
+    values = np.where(asked == language, read_text(run, "raw")["overlap"].to_numpy(), np.nan)
+    return int(np.argsort(values, kind="stable")[np.isfinite(values).sum() // 2])
+
+
+def glosses(run: Trained, most: int = 90) -> dict[int, str]:
+    """What each scanned sequence of real text says in English, where it says it in another language; "" else."""
+    table = run.world.sequences.select(["pair_id", "language", "text"]).to_pandas()
+    asked = run.world.queries.select(["pair_id", "language", "completion"]).to_pandas()
+    english = dict(zip(*(table[table["language"] == "en-us"][name] for name in ("pair_id", "text")), strict=True))
+    english |= dict(
+        zip(*(asked[asked["language"] == "en-us"][name] for name in ("pair_id", "completion")), strict=True)
+    )
+    told = table.iloc[run.scan().rows]
+    return {
+        place: "" if language == "en-us" or pair not in english else f"“{textwrap.shorten(english[pair], most)}”"
+        for place, (pair, language) in enumerate(zip(told["pair_id"], told["language"], strict=True))
+    }
+
+
+def of_card(read: pandas.DataFrame, runs: Sequence[Trained], query: int) -> str:
+    """What a card of Ladder shows, in a sentence: the query's share of meaning in the smallest and the largest model."""
+    small, large = (
+        share(read[(read["size"] == run.parameters) & (read["seed"] == run.seed)][MASS].to_numpy()[[query]])
+        for run in (runs[0], runs[-1])
+    )
+    against = "" if large > small else " **This query goes against the finding.**"
+    return (
+        f"The median query: meaning holds {small:.0%} of its top in the small model, {large:.0%} in the large.{against}"
+    )
+
+
+def of_text_card(runs: Sequence[Trained], query: int) -> str:
+    """What a card of real text shows, in a sentence: how closely influence follows shared words in two models."""
+    small, large = (read_text(run, "raw")["overlap"][query] for run in runs)
+    against = "" if large < small else " **This query goes against the paper's picture.**"
+    return (
+        "The median query of the real text, sequences in other languages with the same paragraph in English. Influence follows shared words by "
+        f"{small:.2f} (rank correlation) in the small model, {large:.2f} in the large.{against}"
+    )

@@ -284,7 +284,7 @@ def paired(base: Iterable[Trained], others: Iterable[Trained]) -> list[tuple[Tra
 
 def changed_answers(base: Iterable[Trained], others: Iterable[Trained], fraction: float = 1.0) -> pandas.DataFrame:
     """What a changed corpus did to answers, `paired`: the others' `answers` at the kept checkpoint nearest a fraction of training,
-    with arm, size and seed, and `change`, by which log p (nats) exceeds that of the base run."""
+    with arm, size and seed, and by how much log p (nats: `change`) and `correct` (`gained`) exceed those of the base run."""
     import pandas
 
     found = []
@@ -292,7 +292,9 @@ def changed_answers(base: Iterable[Trained], others: Iterable[Trained], fraction
         apart = [(run.answers["fraction"] - fraction).abs() for run in pair]
         before, after = (run.answers[far == far.min()] for run, far in zip(pair, apart))
         about = {"arm": pair[1].arm, "size": pair[1].parameters, "seed": pair[1].seed}
-        found.append(after.assign(change=after["log_p"].to_numpy() - before["log_p"].to_numpy(), **about))
+        gained = after["correct"].to_numpy(float) - before["correct"].to_numpy(float)
+        change = after["log_p"].to_numpy() - before["log_p"].to_numpy()
+        found.append(after.assign(change=change, gained=gained, **about))
     return pandas.concat(found, ignore_index=True)
 
 
