@@ -18,7 +18,10 @@ LEVEL = 0.05  # of Holm's correction
 def verdict_table_markdown(claims: Iterable[Claim]) -> str:
     """The verdict table as GitHub Markdown, one line a primary claim, and below it what `in_sum` says."""
     claims = sorted(claims, key=lambda claim: claim.chapter)
-    rows = [(claim.chapter[:2], *_parts(claim, "**")) for claim in claims if claim.tier == "primary"]
+    rows = []
+    for claim in (claim for claim in claims if claim.tier == "primary"):
+        finding, paper, here, asked = _parts(claim, "**")
+        rows.append((claim.chapter[:2], finding, paper, f"{here} {_reason(claim)}".strip(), asked))
     table = [HEADER, ("---",) * len(HEADER), *rows] if rows else []
     lines = "".join(f"| {' | '.join(map(_cell, row))} |\n" for row in table)
     return "\n".join(part for part in (lines, "".join(f"{line}\n" for line in in_sum(claims))) if part)
@@ -41,9 +44,11 @@ def chapter_table_markdown(claims: Iterable[Claim]) -> str:
 
 
 def verdict_lines(claims: Iterable[Claim], width: int) -> list[str]:
-    """The same for a terminal: each line at most `width` characters; what does not fit is the end of the paper's words."""
-    rows = [(claim.chapter[:2], *_parts(claim)) for claim in claims if claim.tier == "primary"]
-    rows = [(chapter, finding, here, referee, paper) for chapter, finding, paper, here, referee in rows]
+    """The same for a terminal: each line at most `width` characters; what does not fit is the end of reasons and the paper's words."""
+    rows = []
+    for claim in (claim for claim in claims if claim.tier == "primary"):
+        finding, paper, here, asked = _parts(claim)
+        rows.append((claim.chapter[:2], finding, here, asked, f"{_reason(claim)} {paper}".strip()))
     if not rows:
         return []
     wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -101,10 +106,15 @@ def _parts(claim: Claim, strong: str = "") -> tuple[str, str, str, str]:
     """Finding, paper, here and referee of a line."""
     verdict = f"no effect > {claim.delta:g}" if claim.status.startswith("no ") else claim.status
     told = "" if claim.measured != claim.measured else f" {Estimate(claim.measured, *claim.interval, 0)}"
-    here = f"{strong}{verdict}{strong}{told}" + (f" ({claim.reason})" if claim.reason and claim.reason != OVER else "")
+    here = f"{strong}{verdict}{strong}{told}"
     by = claim.referee
     asked = "–" if by is None else f"{by.method}: {by.agreement}" if by.method != "retraining" else by.agreement
     return claim.short or claim.claim, claim.paper, here, asked
+
+
+def _reason(claim: Claim) -> str:
+    """Why it is undecided, where the interval itself does not say so."""
+    return f"({claim.reason})" if claim.reason and claim.reason != OVER else ""
 
 
 def _cell(text: object) -> str:

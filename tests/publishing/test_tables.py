@@ -26,7 +26,11 @@ def wrong_rows(table: pandas.DataFrame) -> list[int]:
         again = np.array(recomputed(values, line["interval"]))
         kept = slice(0, 1) if line["interval"] == UNITS else slice(None)  # of one seed the interval is its units'
         if not np.allclose(
-            again[kept], np.array([line["estimate"], line["low"], line["high"]])[kept], rtol=1e-6, atol=1e-9
+            again[kept],
+            np.array([line["estimate"], line["low"], line["high"]])[kept],
+            rtol=1e-6,
+            atol=1e-9,
+            equal_nan=True,
         ):
             wrong.append(row)
     return wrong
