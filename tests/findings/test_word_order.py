@@ -10,7 +10,8 @@ import torch
 
 from influence_kit import models, score
 from influence_kit.corpora.world import World, batch_of, token_matrix
-from influence_kit.corpora.worlds.atlas import ENDINGS, Atlas, build
+from influence_kit.corpora.worlds.atlas import Atlas, build
+from influence_kit.corpora.worlds.words import listed
 from influence_kit.engine.factors import Factors
 from influence_kit.errors import UserError
 from influence_kit.findings.common import influence, train
@@ -185,6 +186,16 @@ SMALL = {
     "held_out": 50,
 }
 INSTANCES = 4
+WORDS = listed("atlas")
+RELATIONS = [
+    {key: [pair.split("/") for pair in pairs] for key, pairs in part.items()} for part in WORDS["relations"].values()
+]
+# English to German (0) and back (1): what the other language says.
+ABROAD = [
+    {pair[there]: pair[1 - there] for relation in RELATIONS for pairs in relation.values() for pair in pairs}
+    for there in (0, 1)
+]
+PEOPLE = {name for names in WORDS["first_names"].values() for name in names}
 
 
 @pytest.fixture(
@@ -214,7 +225,7 @@ class Stated:
             for place, fact in enumerate(facts):
                 if language >= 0 and fact >= 0:
                     first, *words, last, _ = (world.vocabulary[t] for t in ids[2 + 6 * place : 7 + 6 * place])
-                    name, value = (first, last) if first[0].isupper() else (last, first)
+                    name, value = (first, last) if first in PEOPLE else (last, first)
                     self.facts[name, language, fact % 2] = value
                     self.of_relation.setdefault((language, fact % 2), set()).add(tuple(words))
 
@@ -251,8 +262,8 @@ def test_partitions_say_what_their_names_promise(atlas, spoken):
         language, relation = query["language"], query["fact"] % 2
         lead, first, second, third, last, stop = phrase
         there = 1 - language if "translated" in partition else language
-        assert stop == (".", "。")[there] and lead in fillers
-        abroad = tuple(word[::-1] + "u" if there else word[:-1][::-1] for word in words)
+        assert stop == ".!"[there] and lead in fillers
+        abroad = tuple(ABROAD[language][word] for word in words)
         own_words, other_words = stated.of_relation[language, relation], stated.of_relation[language, 1 - relation]
         checked.add(partition)
         if partition == "forward":
@@ -266,13 +277,13 @@ def test_partitions_say_what_their_names_promise(atlas, spoken):
         elif partition == "value_only":
             assert first == value and {second, third, last} <= fillers
         elif partition == "altered_entity":
-            assert phrase[2:5] == [*words, value] and first != name and first[0].isupper()
+            assert phrase[2:5] == [*words, value] and first != name and first in PEOPLE
             assert stated.facts.get((first, language, relation), None) != value
         elif partition == "altered_relation":
             assert (first, last) == (name, value) and (second, third) in other_words
         elif partition == "altered_value":
             assert phrase[1:4] == [name, *words] and last != value
-            assert ENDINGS[relation] in (last[::-1] if language else last)  # a value of the same relation
+            assert last in [pair[language] for pair in RELATIONS[relation]["values"]]  # a value of the same relation
         elif partition == "irrelevant":
             assert first != name and (second, third) in other_words
             assert stated.facts[first, language, 1 - relation] == last
@@ -284,7 +295,7 @@ def test_partitions_say_what_their_names_promise(atlas, spoken):
             entity, result = (last, first) if partition == "translated_flipped" else (first, last)
             assert (second, third) == abroad
             assert stated.facts[entity, there, relation] == result
-            assert {result, value} == {result, result[:-1][::-1] if there else result[::-1] + "u"}
+            assert result == ABROAD[language][value]
     assert checked == set(PARTITIONS)
 
 
@@ -333,8 +344,8 @@ def test_what_cannot_be_asked_is_refused(atlas):
     other = World("ladder", atlas.sequences, atlas.held_out, atlas.queries, atlas.vocabulary, "", atlas.parameters)
     with pytest.raises(UserError, match="'ladder'"):
         phrases(other, [0])
-    changed = {**atlas.parameters, "seed": atlas.parameters["seed"] + 1}
-    other = World("atlas", atlas.sequences, atlas.held_out, atlas.queries, atlas.vocabulary, "", changed)
+    words = (*atlas.vocabulary[:-1], "another")
+    other = World("atlas", atlas.sequences, atlas.held_out, atlas.queries, words, "", atlas.parameters)
     with pytest.raises(UserError, match="another version"):
         phrases(other, [0])
 

@@ -37,7 +37,7 @@ def test_what_is_shown_of_atlas_is_what_was_planted():
         and not shown["document"].str.contains("<").any()
     )
     asked = questions(world, 2)
-    assert set(asked["language"]) == {"first language", "second language"}
+    assert set(asked["language"]) == {"English", "German"}
     counts = statements({11: world})
     assert set(counts["series"]) == {"in the query's language", "in the other one", "only in the other one"}
     assert (np.diff(counts[counts["series"] == "in the other one"]["estimate"]) <= 0).all()
