@@ -16,6 +16,7 @@ fillers and in whatever a partition leaves open (another entity, another value, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,10 +28,12 @@ from influence_kit.corpora.world import World, batch_of, token_matrix
 from influence_kit.corpora.worlds.atlas import STATEMENT, Atlas, Known, drawn
 from influence_kit.corpora.worlds.words import as_table
 from influence_kit.errors import UserError
-from influence_kit.findings.families import END, Planned, planted_grid
+from influence_kit.findings.common import fraction_of
+from influence_kit.findings.families import Planned, planted_grid
 from influence_kit.findings.profiles import Profile
+from influence_kit.measures.checkpoints import READ
 from influence_kit.measures.correlations import rank_correlations
-from influence_kit.measures.intervals import Estimate, bootstrap, difference, estimate_of, pick, ratio_of_means
+from influence_kit.measures.intervals import Estimate, bootstrap, pick, ratio_of_means
 from influence_kit.recipes import tuples
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from influence_kit.findings.trained import Trained
+    from influence_kit.reading.cards import CardView
 
 PARTITIONS = {
     "forward": "the fact as asked: ENTITY word word VALUE",
@@ -54,16 +58,24 @@ PARTITIONS = {
     "translated": "the fact in the other language",
     "translated_flipped": "the flipped fact in the other language",
 }
-LOSS = (
-    0.5  # nats: facts that training states are read at the scanned checkpoint where their own loss is nearest to this
-)
+SHOWN = {
+    "reworded": "in other words",
+    "without_relation": "without the verb",
+    "value_only": "the answer's name alone",
+    "flipped": "swapped round",
+    "flipped_without_relation": "swapped round, without the verb",
+    "translated": "in the other language",
+    "translated_flipped": "in the other language, swapped round",
+    "irrelevant": "about something else",
+}
+FEW = 3  # seeds of what is exploratory and costs training
 
 
 def reads(profile: Profile) -> list[Planned]:
-    """Atlas in four orders of reading, at two checkpoints, and the phrases of each."""
-    along = (*profile.atlas.scan.fractions[:1], END)
-    arms = ("base", "both_orders", "reversed", "bridged")
-    return planted_grid(profile, "atlas", arms, along, extra=("order",))
+    """Atlas, and Atlas read in both orders, where their facts are half known, with the phrases of each."""
+    base = planted_grid(profile, "atlas", fractions=(READ,), extra=("order",))
+    few = profile.seeds[:FEW]
+    return base + planted_grid(profile, "atlas", ("both_orders",), (READ,), seeds=few, extra=("order",))
 
 
 def order(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
@@ -76,7 +88,7 @@ def order(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> Non
     delta, scored_delta, learned, phrase_learned (nats).
 
     Args:
-        parameters: fraction, seed, device, damping; queries (of each of two kinds: facts stated in the query's
+        parameters: fraction (or READ), seed, device, damping; queries (of each of two kinds: facts stated in the query's
             language, and facts never stated in it), instances (phrases a partition), step (learning rate of one small
             step, on the phrase's summed loss), rate and steps (of `steps` larger ones).
     """
@@ -86,7 +98,7 @@ def order(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> Non
     from influence_kit.referees.finetuning import finetuning, log_p
 
     world = World.load(inputs["world"])
-    model = models.load(inputs["model"], parameters["fraction"], parameters["device"])
+    model = models.load(inputs["model"], fraction_of(parameters, inputs, world), parameters["device"])
     factors = Factors.load(inputs["influence"] / "factors.safetensors")
     rng = np.random.default_rng([parameters["seed"], 0x0DE2])
     kinds = [np.sort(rng.permutation(fact_queries(world, seen))[: parameters["queries"]]) for seen in (True, False)]
@@ -271,45 +283,38 @@ def _unrelated(known: Known, entity: int, relation: int, language: int) -> np.nd
     return facts[stated] if stated.any() else facts
 
 
-def read(trained: Trained, fraction: float) -> pandas.DataFrame:
-    """What the `order` stage wrote of one checkpoint, with the model's size, seed and arm."""
+def read(trained: Trained) -> pandas.DataFrame:
+    """What the `order` stage wrote where a model is read, with its size, seed and arm.
+
+    odds and step are influence and the true small step on the answer's log-odds, not its log-probability (divided by
+    1 - p): a fact that is nearly known, whose log-probability has nowhere to go, then weighs as much as any other.
+    """
     import pandas
 
-    about = {"size": trained.parameters, "seed": trained.seed, "arm": trained.arm, "fraction": fraction}
-    return pandas.read_parquet(trained.extra("order", fraction) / "order.parquet").assign(**about)
-
-
-def checkpoint(rows: pandas.DataFrame, size: int, arm: str = "base") -> float:
-    """The fraction of training at which a model's seen facts are read, of those in `rows` (see LOSS)."""
-    asked = pick(rows, size=size, arm=arm, seen=True)
-    return float(np.log(-asked.groupby("fraction")["log_p"].mean() / LOSS).abs().idxmin())
+    found = pandas.read_parquet(trained.extra("order", READ) / "order.parquet")
+    unknown = -np.expm1(found["log_p"])
+    found = found.assign(odds=found["influence"] / unknown, step=found["delta"] / unknown)
+    return found.assign(size=trained.parameters, seed=trained.seed, arm=trained.arm)
 
 
 def means(
-    rows: pandas.DataFrame,
-    size: int,
-    quantity: str = "influence",
-    seen: bool = True,
-    arm: str = "base",
-    fraction: float | None = None,
+    rows: pandas.DataFrame, size: int, quantity: str = "odds", seen: bool = True, arm: str = "base"
 ) -> pandas.DataFrame:
     """Mean over instances of a quantity: one row a (seed, query), one column a partition.
 
     Args:
         rows: Of `read`, of many models.
         size: Of the models.
-        quantity: A column: influence, relatif, delta, learned, ...
+        quantity: A column: odds, influence, relatif, step, delta, learned, ...
         seen: Facts stated in the query's language, or those stated only in the other.
         arm: The order in which the models read their facts.
-        fraction: Of training; by default `checkpoint` for seen facts, the end for unseen ones.
 
     Raises:
         UserError: A quantity that is no column, or a query that lacks a partition.
     """
     if quantity not in rows.columns:
         raise UserError(f"{quantity!r} is no column of this table: choose one of {', '.join(map(str, rows.columns))}")
-    fraction = fraction or (checkpoint(rows, size, arm) if seen else END)
-    same = pick(rows, size=size, arm=arm, seen=seen, fraction=fraction)
+    same = pick(rows, size=size, arm=arm, seen=seen)
     found = same.groupby(["seed", "query", "partition"])[quantity].mean().unstack("partition")
     if found.isna().to_numpy().any():
         lacking = [str(name) for name in found.columns[found.isna().any()]]
@@ -317,31 +322,13 @@ def means(
     return found
 
 
-def accuracy(answers: pandas.DataFrame, size: int, arm: str = "base") -> Estimate:
-    """Share of facts that models of a size, trained on an arm, answer; answers: one row a fact and model."""
-    return estimate_of(pick(answers, size=size, arm=arm), "correct", bounds=(0, 1))
-
-
-def ratio(table: pandas.DataFrame, above: str, below: str) -> Estimate:
+def ratio(table: pandas.DataFrame, above: str, below: str = "forward") -> Estimate:
     """Mean of one partition over the mean of another, in a table of `means`: within a seed, averaged over seeds.
 
-    A ratio of means, not a mean of ratios: single queries may have next to nothing below.
+    A ratio of means, not a mean of ratios: single queries may have next to nothing below. Not of logarithms: what is
+    above may be negative.
     """
     return bootstrap(table[[above, below]].to_numpy(), _seeds(table), ratio_of_means)
-
-
-def excess(table: pandas.DataFrame, above: str, below: str) -> Estimate:
-    """What one partition has beyond another, in units of the forward one: (above - below) / forward, as in `ratio`.
-
-    For partitions that do next to nothing, where a quotient would have nothing below it.
-    """
-    return bootstrap(np.stack([table[above] - table[below], table["forward"]], 1), _seeds(table), ratio_of_means)
-
-
-def change(new: pandas.DataFrame, old: pandas.DataFrame) -> Estimate:
-    """Flipped over forward in one set of models minus the same in another, within each seed."""
-    pair = ["flipped", "forward"]
-    return difference(new[pair].to_numpy(), _seeds(new), old[pair].to_numpy(), _seeds(old), ratio_of_means)
 
 
 def followed(predicted: pandas.DataFrame, true: pandas.DataFrame) -> Estimate:
@@ -355,21 +342,40 @@ def followed(predicted: pandas.DataFrame, true: pandas.DataFrame) -> Estimate:
     return bootstrap(rank_correlations(predicted, true), _seeds(predicted), bounds=(-1, 1))
 
 
-def middling(rows: pandas.DataFrame, quantity: str) -> int:
-    """The query, of facts that training states, whose forward phrase has a middling quantity."""
-    forward = pick(rows, seen=True, partition="forward", instance=0).sort_values(quantity)
-    return int(forward["query"].iloc[len(forward) // 2])
+def departure(rows: pandas.DataFrame) -> Estimate:
+    """How far a small step is from twice half of it, in units of its own size: 0 where the model is linear."""
+    curved = np.stack([(rows["delta"] - 2 * rows["delta_half"]).abs(), rows["delta"].abs()], 1)
+    return bootstrap(curved, rows["seed"], ratio_of_means)
 
 
-def phrases_in_words(trained: Trained, fraction: float, query: int) -> pandas.Series:
-    """The first phrase of each partition that the `order` stage made for a query, in words."""
+def middling(table: pandas.DataFrame, seed: int) -> int:
+    """The query of a seed, in a table of `means`, whose flipped phrase keeps a middling share of the forward one's."""
+    kept = (table["flipped"] / table["forward"]).loc[seed].sort_values()
+    return int(kept.index[len(kept) // 2])
+
+
+def card(trained: Trained, query: int, rows: pandas.DataFrame, title: str) -> CardView:
+    """A query and its phrases, the first of each kind of SHOWN, shaded by token; rows: of `read`."""
+    from influence_kit.engine.scans import token_scores
+    from influence_kit.reading.cards import Row, query_card
     from influence_kit.reading.words import token_texts
 
-    parameters = trained.planned.extra["order", fraction].parameters
-    made = phrases(trained.world, [query], parameters["instances"], parameters["seed"]).to_pandas()
-    made = made[made["instance"] == 0].set_index("partition")
-    told = [" ".join(token_texts(trained.world, row[mask])) for row, mask in zip(made["input_ids"], made["loss_mask"])]
-    return made.assign(phrase=told)["phrase"]
+    stage, world = trained.planned.extra["order", READ].parameters, trained.world
+    kinds = {"forward": "the fact as asked", **SHOWN}
+    made = phrases(world, [query], stage["instances"], stage["seed"])
+    chosen = [n for n, row in enumerate(made.to_pylist()) if row["instance"] == 0 and row["partition"] in kinds]
+    score = pick(rows, seed=trained.seed, query=query, instance=0).set_index("partition")["influence"]
+    asked, told = batch_of(world.queries, [query]), batch_of(made, chosen)
+    shades = token_scores(trained.model(READ), trained.factors(READ), asked, told, stage["damping"])
+    order, shown = score[list(kinds)].rank(ascending=False).astype(int), []
+    for place, name in enumerate(made["partition"].take(chosen).to_pylist()):
+        length = int(told["loss_mask"][place].nonzero().max()) + 1
+        tokens = token_texts(world, told["input_ids"][place, :length].tolist())
+        made_row = Row(tokens, float(score[name]), int(order[name]), scored=len(kinds), source=kinds[name])
+        shown.append(replace(made_row, token_scores=shades[place, :length].tolist()))
+    row = world.queries.slice(query, 1).to_pylist()[0]
+    parts = row["prompt"].split(), row["completion"].split()
+    return query_card(*parts, shown, k=len(kinds), title=title, joiner=" ", alignment="predicted")
 
 
 def _seeds(table: pandas.DataFrame) -> np.ndarray:

@@ -230,11 +230,11 @@ def test_a_profile_may_leave_a_world_out(tmp_path):
 
 def test_arms_change_the_world_and_nothing_else():
     profile = load_profile("laptop")
-    base, turned = (grid.planted_grid(profile, "atlas", [arm], (), [64], [11])[0] for arm in ("base", "reversed"))
-    assert turned.world.parameters == base.world.parameters | profile.atlas.arms["reversed"].world
+    base, turned = (grid.planted_grid(profile, "atlas", [arm], (), [64], [11])[0] for arm in ("base", "both_orders"))
+    assert turned.world.parameters == base.world.parameters | profile.atlas.arms["both_orders"].world
     assert turned.model.parameters == base.model.parameters and turned.influence == {}
     assert turned.model.fingerprint != base.model.fingerprint
-    assert not grid.planted_grid(profile, "atlas", ["reversed"], widths=[32])  # the arm has no such width
+    assert not grid.planted_grid(profile, "atlas", ["both_orders"], widths=[32])  # the arm has no such width
     assert not grid.planted_grid(profile, "atlas", ["no_such_arm"])
 
 

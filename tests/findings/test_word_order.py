@@ -17,12 +17,11 @@ from influence_kit.errors import UserError
 from influence_kit.findings.common import influence, train
 from influence_kit.findings.word_order import (
     PARTITIONS,
-    change,
-    checkpoint,
-    excess,
+    departure,
     fact_queries,
     followed,
     means,
+    middling,
     order,
     phrases,
     ratio,
@@ -353,11 +352,11 @@ def test_what_cannot_be_asked_is_refused(atlas):
 NAMES = sorted(PARTITIONS)
 
 
-def lines(values, seed=0, seen=True, fraction=1.0, log_p=-1.0):
+def lines(values, seed=0, seen=True):
     """`values` [Q, partitions] as `read` gives them: two instances lie around each so that their mean is exact."""
-    about = {"size": 100, "seed": seed, "arm": "base", "seen": seen, "fraction": fraction, "log_p": log_p}
+    about = {"size": 100, "seed": seed, "arm": "base", "seen": seen}
     return pd.DataFrame(
-        about | {"query": q, "partition": name, "instance": i, "influence": values[q, p] + (2 * i - 1) * 0.5}
+        about | {"query": q, "partition": name, "instance": i, "odds": values[q, p] + (2 * i - 1) * 0.5}
         for q in range(len(values))
         for p, name in enumerate(NAMES)
         for i in range(2)
@@ -376,16 +375,6 @@ def test_instances_are_averaged_and_seeds_kept_apart():
     np.testing.assert_allclose(table.loc[12].to_numpy(), two)
 
 
-def test_seen_facts_are_read_where_their_loss_is_half_a_nat_and_unseen_ones_at_the_end():
-    rows = pd.concat(lines(values(n), 1, seen, at, log_p) for n, (seen, at, log_p) in enumerate(
-        [(True, 0.2, -0.6), (True, 1.0, -0.01), (False, 0.2, -0.5), (False, 1.0, -3.0)]
-    ))  # fmt: skip
-    assert checkpoint(rows, 100) == 0.2
-    np.testing.assert_allclose(means(rows, 100).to_numpy(), values(0))
-    np.testing.assert_allclose(means(rows, 100, fraction=1.0).to_numpy(), values(1))
-    np.testing.assert_allclose(means(rows, 100, seen=False).to_numpy(), values(3))
-
-
 def test_ratio_is_of_means_within_a_seed_and_averaged_over_seeds():
     one, two = values(), values(seed=1) * 10  # a mean over both seeds' queries would be ruled by the second
     table = means(pd.concat([lines(one, 11), lines(two, 12)]), 100)
@@ -393,14 +382,13 @@ def test_ratio_is_of_means_within_a_seed_and_averaged_over_seeds():
     found = ratio(table, "flipped", "forward")
     assert found.value == pytest.approx(np.mean([v[:, above].mean() / v[:, below].mean() for v in (one, two)]))
     assert found.low < found.value < found.high and found.seeds == (11, 12)
-    assert change(table, table).value == 0
-    assert change(table, table * 0 + 1).value == pytest.approx(found.value - 1)
+    kept = (table["flipped"] / table["forward"]).loc[11]
+    assert kept[middling(table, 11)] == kept.median()
 
 
-def test_excess_is_a_difference_in_units_of_forward():
-    one = values()
-    a, b, unit = (one[:, NAMES.index(name)].mean() for name in ("flipped", "value_only", "forward"))
-    assert excess(means(lines(one), 100), "flipped", "value_only").value == pytest.approx((a - b) / unit)
+def test_a_step_departs_from_linear_by_what_half_of_it_lacks():
+    rows = pd.DataFrame({"delta": [2.0, -2.0], "delta_half": [0.9, -1.0], "seed": 11})
+    assert departure(rows).value == pytest.approx(0.1 / 2)
 
 
 def test_one_quantity_follows_another_by_rank():
