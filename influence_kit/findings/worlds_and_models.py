@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -100,23 +100,15 @@ def curves(runs: Sequence[Trained]) -> pandas.DataFrame:
     return table.assign(tokens=table["share"] * table["model"].map(tokens))
 
 
-def statements(worlds: Mapping[int, World]) -> pandas.DataFrame:
-    """How often the facts of Atlas's queries are stated in the world of each seed, sorted, by rank."""
-    import pandas
-
-    rows = []
-    for seed, world in worlds.items():
-        asked = pick(world.queries.drop_columns(["input_ids", "loss_mask"]).to_pandas(), kind="fact")
-        both = asked["availability"] == "both"
-        series = {
-            "in the query's language": asked[both]["statements_same"],
-            "in the other one": asked[both]["statements_other"],
-            "only in the other one": asked[~both]["statements_other"],
-        }
-        for name, counts in series.items():
-            ranked = {"series": name, "rank": np.arange(1, len(counts) + 1), "statements": np.sort(counts)[::-1]}
-            rows.append(pandas.DataFrame(ranked).assign(seed=seed))
-    return measured(pandas.concat(rows), ["series", "rank"], "statements", bounds=(0, np.inf))
+def in_short(facts: pandas.DataFrame) -> str:
+    """What smallest and largest model know at the end of training, in a sentence."""
+    end = pick(facts, fraction=1).assign(shown=lambda rows: rows["availability"] == "both")
+    known = {key: estimate_of(part, "correct", bounds=(0, 1)) for key, part in end.groupby(["size", "shown"])}
+    small, large = min(known)[0], max(known)[0]
+    return (
+        f"Of facts that were stated in the language of the question the model of {small:,} weights answers {known[small, True]:.2f} right and that of {large:,} "
+        f"{known[large, True]:.2f}; of facts stated only in the other language {known[small, False]:.2f} and {known[large, False]:.2f}."
+    )
 
 
 def documents(world: World, examples: int) -> pandas.DataFrame:
