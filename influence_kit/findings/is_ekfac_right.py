@@ -706,11 +706,14 @@ def default_or_not(refined: pandas.DataFrame) -> str:
 
 
 def middle_query(run: Trained) -> tuple[int, dict[int, str]]:
-    """The query whose correlation of EK-FAC's scores with the proximal responses is the median one, and the response to each solved
-    sequence in words."""
+    """Of the queries that have a solved sequence among their five highest scores (of all, where none has), the one with the median
+    correlation of EK-FAC's scores with the proximal responses; and the response to each solved sequence in words."""
     responses, places = responses_of(run)
-    scores = scores_of(run)["EK-FAC"][:, places]
-    query = int(np.argsort(correlations(scores, responses), kind="stable")[len(scores) // 2])
+    scores = scores_of(run)["EK-FAC"]
+    agreement = correlations(scores[:, places], responses)
+    seen = np.flatnonzero(np.isin(np.argsort(-scores, axis=1)[:, :5], places).any(1))
+    seen = seen if len(seen) else np.arange(len(scores))
+    query = int(seen[np.argsort(agreement[seen], kind="stable")[len(seen) // 2]])
     total = run.world.sequences.num_rows
     words = {int(place): f"true {responses[query, at] / total:+.1e} nats" for at, place in enumerate(places)}
     return query, words
