@@ -706,14 +706,17 @@ def default_or_not(refined: pandas.DataFrame) -> str:
 
 
 def middle_query(run: Trained) -> tuple[int, dict[int, str]]:
-    """Of the queries that have a solved sequence among their five highest scores (of all, where none has), the one with the median
-    correlation of EK-FAC's scores with the proximal responses; and the response to each solved sequence in words."""
+    """Of the queries that have a solved text among their five highest scores (of all, where none has), the one with the median
+    correlation of EK-FAC's scores with the proximal responses; and the response to each solved text in words, by column."""
     responses, places = responses_of(run)
     scores = scores_of(run)["EK-FAC"]
     agreement = correlations(scores[:, places], responses)
-    seen = np.flatnonzero(np.isin(np.argsort(-scores, axis=1)[:, :5], places).any(1))
+    texts = list(map(tuple, batch_of(run.world.sequences, run.scan(kind=None).rows)["input_ids"].tolist()))
+    solved = {texts[place]: at for at, place in enumerate(places)}
+    alike = {column: solved[text] for column, text in enumerate(texts) if text in solved}
+    seen = np.flatnonzero(np.isin(np.argsort(-scores, axis=1)[:, :5], list(alike)).any(1))
     seen = seen if len(seen) else np.arange(len(scores))
     query = int(seen[np.argsort(agreement[seen], kind="stable")[len(seen) // 2]])
     total = run.world.sequences.num_rows
-    words = {int(place): f"true {responses[query, at] / total:+.1e} nats" for at, place in enumerate(places)}
+    words = {column: f"true {responses[query, at] / total:+.2g} nats" for column, at in alike.items()}
     return query, words
