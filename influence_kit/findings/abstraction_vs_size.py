@@ -9,7 +9,6 @@ made of what vanishes.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -226,21 +225,6 @@ def median_text_query(run: Trained, language: str = "en-us") -> int:
     asked = run.world.queries["language"].to_numpy(zero_copy_only=False)
     values = np.where(asked == language, read_text(run, "raw")["overlap"].to_numpy(), np.nan)
     return int(np.argsort(values, kind="stable")[np.isfinite(values).sum() // 2])
-
-
-def glosses(run: Trained, most: int = 90) -> dict[int, str]:
-    """What each scanned sequence of real text says in English, where it says it in another language; "" else."""
-    table = run.world.sequences.select(["pair_id", "language", "text"]).to_pandas()
-    asked = run.world.queries.select(["pair_id", "language", "completion"]).to_pandas()
-    english = dict(zip(*(table[table["language"] == "en-us"][name] for name in ("pair_id", "text")), strict=True))
-    english |= dict(
-        zip(*(asked[asked["language"] == "en-us"][name] for name in ("pair_id", "completion")), strict=True)
-    )
-    told = table.iloc[run.scan().rows]
-    return {
-        place: "" if language == "en-us" or pair not in english else f"“{textwrap.shorten(english[pair], most)}”"
-        for place, (pair, language) in enumerate(zip(told["pair_id"], told["language"], strict=True))
-    }
 
 
 def of_card(read: pandas.DataFrame, runs: Sequence[Trained], query: int) -> str:

@@ -18,7 +18,7 @@ def in_english(world: World, table: pa.Table, row: int) -> str:
     """A row of a world's table in English; empty where it is English already, or its translation is not known.
 
     A German text of Atlas (or of Deep's Atlas) is told word for word, a paragraph of parallel text by the English one of
-    the same pair, which the world has among its sequences unless it was asked or held out.
+    the same pair, which the world has among its sequences or, where it is asked in English, its queries.
     """
     language = table["language"][row].as_py() if "language" in table.column_names else None
     if world.vocabulary:
@@ -29,10 +29,11 @@ def in_english(world: World, table: pa.Table, row: int) -> str:
         return " ".join(_translated(word) for word in words)
     if language in (None, ENGLISH) or "pair_id" not in table.column_names:
         return ""
-    known = world.sequences
-    same = pc.and_(pc.equal(known["pair_id"], table["pair_id"][row]), pc.equal(known["language"], ENGLISH))
-    found = numpy.flatnonzero(same.to_numpy(zero_copy_only=False))
-    return known["text"][int(found[0])].as_py() if len(found) else ""
+    for known, column in ((world.sequences, "text"), (world.queries, "completion")):
+        same = pc.and_(pc.equal(known["pair_id"], table["pair_id"][row]), pc.equal(known["language"], ENGLISH))
+        if len(found := numpy.flatnonzero(same.to_numpy(zero_copy_only=False))):
+            return known[column][int(found[0])].as_py()
+    return ""
 
 
 def _translated(word: str) -> str:

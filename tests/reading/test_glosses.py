@@ -31,7 +31,10 @@ def test_paragraphs_are_told_by_their_pair():
     columns = token_columns(np.array([[1], [2], [3]]))
     told = {"pair_id": ["p", "p", "q"], "language": ["en-us", "ko", "ko"], "text": ["Open it.", "열기", "닫기"]}
     table = pa.table({**columns, **told})
-    world = World("parallel", table, table, table, (), "{}", {})
+    queries = table.slice(0, 1).rename_columns([{"text": "completion"}.get(name, name) for name in table.column_names])
+    world = World("parallel", table, table, queries.slice(0, 0), (), "{}", {})
     assert [in_english(world, table, row) for row in range(3)] == ["", "Open it.", ""]
+    asked = World("parallel", table.slice(1), table, queries, (), "{}", {})  # the English one is asked, not trained on
+    assert in_english(asked, asked.sequences, 0) == "Open it."
     plain = pa.table(columns)
     assert in_english(World("own", plain, plain, plain, (), "{}", {}), plain, 0) == ""
