@@ -465,21 +465,23 @@ def in_short(rows: pandas.DataFrame, corpus: str) -> str:
     )
 
 
-def median_card(models: Sequence[Trained], rows: pandas.DataFrame, corpus: str) -> tuple[CardView, str]:
-    """One query in the smallest and in the largest model of the first seed, and a sentence of it: the query whose strongest 1 % hold
-    the median share in the largest."""
-    from influence_kit.reading.cards import side_by_side
+def median_card(models: Sequence[Trained], rows: pandas.DataFrame, corpus: str) -> CardView:
+    """One query in the smallest and in the largest model of the first seed: the median one by what its strongest sequence holds in
+    the largest."""
+    from influence_kit.reading.cards import median_query, side_by_side, which_query
 
     runs = [run for run in models if CORPORA[run.corpus] == corpus]
     runs = sorted((run for run in runs if run.seed == runs[0].seed), key=lambda run: run.parameters)
-    part = pick(of(rows, corpus), seed=runs[0].seed).sort_values("top 1 %", kind="stable")
-    row = part.iloc[len(part) // 2]
-    views = [run.card(int(row["query"]), k=3, title=f"{run.parameters:,} weights") for run in (runs[0], runs[-1])]
-    words = (
-        f"The median query: in the larger model its strongest 1 % hold {row['top 1 %']:.2f}, its strongest sequence "
-        f"{row['strongest']:.3f}. Seed {row['seed']}."
+    held = pick(of(rows, corpus), seed=runs[0].seed).sort_values("query")["strongest"].to_numpy()
+    query, average = median_query(held), mean(of(rows, corpus), "strongest").value
+    caption = which_query(held, query, average, 0.1, "the share that the larger model's strongest sequence holds")
+    captions = ("", caption)
+    return side_by_side(
+        [
+            run.card(query, k=3, lowest=1, title=f"{run.parameters:,} weights", caption=said)
+            for run, said in zip((runs[0], runs[-1]), captions, strict=True)
+        ]
     )
-    return side_by_side(views), words
 
 
 def parts_left_out(again: pandas.DataFrame) -> dict[str, str]:

@@ -229,11 +229,13 @@ def related(trained: Trained, form: str, method: str = "pearson") -> pandas.Data
 
 def cards(smallest: Trained, largest: Trained, kind: str, found: pandas.DataFrame) -> CardView:
     """One query in both models: of its kind, the median one by AUC in the largest."""
-    from influence_kit.reading.cards import side_by_side
+    from influence_kit.reading.cards import median_query, side_by_side, which_query
 
     rows = pick(found, seed=largest.seed, size=largest.parameters).reset_index(drop=True)
-    asked = pick(rows, kind=kind)["auc"].fillna(0)
-    query = int(asked.index[asked.to_numpy().argsort(kind="stable")[len(asked) // 2]])
+    asked = pick(rows, kind=kind)["auc"].dropna()
+    place = median_query(asked.to_numpy())
+    query = int(asked.index[place])
+    caption = which_query(asked.to_numpy(), place, float(asked.mean()), 0.5, "the larger model's AUC")
     made = []
     for trained in (smallest, largest):
         scan = trained.scan()
@@ -243,5 +245,6 @@ def cards(smallest: Trained, largest: Trained, kind: str, found: pandas.DataFram
             for name, member in members.items()
             for column in np.flatnonzero(member[scan.queries[query]])
         }
-        made.append(trained.card(query, k=4, title=f"{kind}, {trained.parameters:,} weights", labels=labels))
+        about = {"title": f"{kind}, {trained.parameters:,} weights", "labels": labels, "lowest": 1}
+        made.append(trained.card(query, k=4, caption=caption if trained is largest else "", **about))
     return side_by_side(made)
