@@ -98,7 +98,7 @@ CELLS = [
     (
         "code",
         "import pandas as pd\nfrom matplotlib import pyplot as plt\n\n"
-        "from influence_kit.findings.chapter import Chapter\nfrom influence_kit.measures.intervals import Estimate\n\n"
+        "from influence_kit.findings.chapter import Chapter\nfrom influence_kit.measures.intervals import over_seeds\n\n"
         'chapter = Chapter("99_toy", profile, seeds)\n'
         'runs = chapter.atlas(widths=[16], extra=("counted",))\n'
         'counts = [int((run.extra("counted") / "count.txt").read_text()) for run in runs]\n'
@@ -106,8 +106,18 @@ CELLS = [
         'chapter.figure(fig, "99_counts", pd.DataFrame({"count": counts}), "counts")',
         [],
     ),
-    ("code", 'chapter.claim("counted", "There are some", "some", Estimate(counts[0], 1, 1e9, 3), confirm_above=0)', []),
+    ("code", 'chapter.conclude("99-counted", over_seeds({run.seed: n for run, n in zip(runs, counts)}))', []),
 ]
+CLAIM = """
+99-counted:
+  chapter: 99_toy
+  tier: primary
+  short: There are some
+  claim: The world holds sequences
+  paper: some
+  confirm_above: 0
+  delta: 1
+"""
 
 
 @pytest.mark.slow
@@ -132,6 +142,8 @@ def test_a_chapter_is_a_notebook_a_module_and_a_few_lines_of_yaml(tmp_path):
     notebook = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
     (copy / "notebooks" / "99_toy.ipynb").write_text(json.dumps(notebook))
     (copy / "influence_kit" / "findings" / "toy.py").write_text(MODULE)
+    with open(copy / "influence_kit" / "findings" / "claims.yaml", "a") as claims:
+        claims.write(CLAIM)
     profile = copy / "influence_kit" / "findings" / "profiles" / "smoke.yaml"
     text = profile.read_text()
     start = text.index("\natlas:\n")
@@ -144,6 +156,5 @@ def test_a_chapter_is_a_notebook_a_module_and_a_few_lines_of_yaml(tmp_path):
     command = ["./run_all.sh", "--profile", "smoke", "--only", "99"]
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (
-        "99  undecided  There are some" in done.stdout and (copy / "figures" / "smoke" / "99_counts.parquet").is_file()
-    )
+    assert "99  There are some  undecided" in done.stdout
+    assert (copy / "figures" / "smoke" / "99_counts.parquet").is_file()
