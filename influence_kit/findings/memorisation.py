@@ -5,6 +5,7 @@ Is the text itself what its continuation leans on most, and how well are texts c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,12 @@ import pyarrow.parquet as pq
 
 from influence_kit.corpora.world import World, batch_of, token_matrix
 from influence_kit.errors import UserError
-from influence_kit.findings.common import write_scores
+from influence_kit.findings.common import fraction_of, write_scores
 from influence_kit.findings.families import END, Planned, planted_grid, text_grid, trained_again
 from influence_kit.findings.profiles import Profile
-from influence_kit.findings.trained import Scanned, Trained, read_scan
-from influence_kit.measures.intervals import pick
+from influence_kit.findings.trained import Scanned, Trained, changed_answers, paired, read_scan
+from influence_kit.measures.checkpoints import READ
+from influence_kit.measures.intervals import Estimate, gaps, pick, slope_of
 from influence_kit.measures.lexical import bm25
 from influence_kit.measures.lifts import mass_share
 
@@ -26,14 +28,25 @@ if TYPE_CHECKING:
     import pandas
     from torch import nn
 
+    from influence_kit.reading.cards import CardView
+
 SHORTEST = 16  # targets: a shorter paragraph has no half that could be recited
 
 
+FEW = 3  # seeds of what is exploratory and costs training
+
+
 def reads(profile: Profile) -> list[Planned]:
-    """Atlas and real text before and after training, their texts continued, and Atlas trained without some canaries."""
-    found = planted_grid(profile, "atlas", fractions=(0.0, END), extra=("canaries",))
+    """Atlas while it learns, its largest size before too and trained again without some canaries, and real text, continued."""
+    found = planted_grid(profile, "atlas", fractions=(READ,), extra=("canaries",))
+    found += planted_grid(profile, "atlas", fractions=(0.0,), widths=[largest_width(profile)], extra=("canaries",))
     found += trained_again(profile, "atlas", "08", "without_copies")
-    return found + text_grid(profile, (0.0, END), extra=("recital",))
+    return found + text_grid(profile, (0.0, END), seeds=profile.seeds[:FEW], extra=("recital",))
+
+
+def largest_width(profile: Profile) -> int:
+    """Of the models of Atlas."""
+    return max(size.width for size in profile.atlas.family.sizes)
 
 
 def canaries(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
@@ -129,7 +142,7 @@ def _scored(
     from influence_kit.engine.factors import Factors
     from influence_kit.engine.scans import score
 
-    model = models.load(inputs["model"], parameters["fraction"], parameters["device"])
+    model = models.load(inputs["model"], fraction_of(parameters, inputs, world), parameters["device"])
     scores = score(
         model,
         Factors.load(inputs["influence"] / "factors.safetensors"),
@@ -273,35 +286,60 @@ def _on_top(values: np.ndarray, member: np.ndarray) -> np.ndarray:
     return member[np.arange(len(values)), values.argmax(1)].astype(float)
 
 
-def scanned(trained: Trained, kind: str, fraction: float) -> Scanned:
+def scanned(trained: Trained, kind: str, fraction: float | str) -> Scanned:
     """What a stage of this chapter scored at a fraction of training."""
     return read_scan(trained.extra(kind, fraction), trained.world.sequences.num_rows)
 
 
-def canaries_of(trained: Trained, fraction: float, form: str) -> pandas.DataFrame:
-    """One row a canary: what `sources` says by a form of the score, other_hit (`others`), gain (nats that training made
-    it likelier by than canaries never planted), recited, and the model's size, seed and fraction of training."""
+def canaries_of(trained: Trained, fraction: float | str, form: str) -> pandas.DataFrame:
+    """One row a canary: what `sources` says by a form of the score, other_hit (`others`), gain (nats that it is likelier by
+    than canaries never planted), its query, and the model's size, seed and fraction of training."""
     import pandas
 
     scan, world = scanned(trained, "canaries", fraction), trained.world
     read = world, getattr(scan, form), scan.rows, scan.queries
     never = pandas.read_parquet(trained.extra("canaries", fraction) / "fresh.parquet")["log_p"].mean()
     answers = pick(trained.answers, kind="canary")
-    apart = (answers["fraction"] - fraction).abs()
+    apart = (answers["fraction"] - trained.at(fraction)).abs()
     told = answers[apart == apart.min()].set_index("query").loc[scan.queries]
-    about = {"size": trained.parameters, "seed": trained.seed, "fraction": fraction}
-    about |= {"gain": told["log_p"].to_numpy() - never, "recited": told["correct"].to_numpy().astype(float)}
-    return sources(*read).assign(other_hit=others(*read), **about)
+    about = {"query": scan.queries, "size": trained.parameters, "seed": trained.seed, "fraction": fraction}
+    return sources(*read).assign(other_hit=others(*read), gain=told["log_p"].to_numpy() - never, **about)
 
 
-def facts_of(trained: Trained, form: str) -> pandas.DataFrame:
-    """The strongest sequence's share for each fact, in a scan cut to the length of the canaries'."""
+def tenfold(trained: pandas.DataFrame, untrained: pandas.DataFrame) -> Estimate:
+    """Nats of memory for ten times as many copies, beyond those of untrained models; both of `canaries_of`."""
+    both = trained.merge(untrained, on=["seed", "query", "repetitions"], suffixes=("", "_before"), validate="1:1")
+    return slope_of(both.assign(learned=both["gain"] - both["gain_before"]), "learned", x="repetitions")
+
+
+def lost(base: Sequence[Trained], again: Sequence[Trained]) -> pandas.DataFrame:
+    """Canaries after training again without the copies of half of them, where each base model is read: seed, repetitions,
+    treated (its copies were left out), change (nats)."""
     import pandas
 
-    scan, compared = trained.scan(), len(scanned(trained, "canaries", END).rows)
-    columns = np.linspace(0, len(scan.rows) - 1, min(compared, len(scan.rows))).astype(int)
-    strongest = largest_share(getattr(scan, form)[:, columns])
-    return pandas.DataFrame({"strongest": strongest, "size": trained.parameters, "seed": trained.seed})
+    changed = [changed_answers([run], [other], run.at(READ)) for run, other in paired(base, again)]
+    return pick(pandas.concat(changed, ignore_index=True), kind="canary")
+
+
+def tenfold_lost(lost: pandas.DataFrame) -> Estimate:
+    """Nats that leaving out all copies costs, beyond what other canaries lose, for ten times as many copies."""
+    return slope_of((-gaps(lost, ["seed", "repetitions"])).rename("cost").reset_index(), "cost", x="repetitions")
+
+
+def middling(rows: pandas.DataFrame) -> int:
+    """The query of the canary, of those planted most often, that is remembered middling well: of `canaries_of` one model."""
+    most = pick(rows, repetitions=rows["repetitions"].max()).sort_values("gain")
+    return int(most["query"].iloc[len(most) // 2])
+
+
+def card(trained: Trained, query: int, title: str) -> CardView:
+    """A canary, by its query, and the sequences with most influence; each text once, however often it was planted."""
+    scan, world = trained.scan(READ, kind="canary"), trained.world
+    own = world.queries["canary"][query].as_py()
+    planted, kinds = (world.sequences[name].take(scan.rows).to_pylist() for name in ("canary", "kind"))
+    labels = {n: "a copy" if planted[n] == own else str(kinds[n]) for n in range(len(planted))}
+    place = int(np.flatnonzero(scan.queries == query)[0])
+    return trained.card(place, k=4, fraction=READ, title=title, labels=labels, kind="canary", lowest=0)
 
 
 def recitals_of(trained: Trained, fraction: float, form: str) -> tuple[pandas.DataFrame, pandas.DataFrame]:

@@ -21,11 +21,14 @@ from influence_kit.findings.common import influence, train
 from influence_kit.findings.memorisation import (
     SHORTEST,
     largest_share,
+    middling,
     others,
     recital,
     recitals,
     second_halves,
     sources,
+    tenfold,
+    tenfold_lost,
 )
 
 PARAMETERS = {"fraction": 1.0, "seed": 7, "device": "cpu", "damping": 0.1, "queries": 4, "sequences": 15}
@@ -197,3 +200,14 @@ def test_same_parameters_same_bytes(made):
 def test_more_paragraphs_than_there_are_is_refused(made, tmp_path):
     with pytest.raises(UserError, match="queries=500 must be between 1 and"):
         recital({**PARAMETERS, "queries": 500}, made, tmp_path, quiet)
+
+
+def test_memory_is_a_slope_beyond_the_untrained_model_s_and_what_is_lost_likewise():
+    copies = np.tile([1, 10, 100], 2)
+    rows = pd.DataFrame({"seed": 11, "query": np.arange(6), "repetitions": copies, "gain": 3 * np.log10(copies) + 1})
+    assert tenfold(rows, rows.assign(gain=np.log10(copies))).value == pytest.approx(2)
+    assert tenfold(rows, rows).value == 0
+    assert middling(rows) == 5
+    treated = np.repeat([True, False], 3)
+    lost = rows.assign(treated=treated, change=np.where(treated, -4 * np.log10(copies), -0.5))
+    assert tenfold_lost(lost).value == pytest.approx(4)
