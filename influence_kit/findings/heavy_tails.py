@@ -430,13 +430,6 @@ def left_out(run: Trained) -> pandas.DataFrame:
     return pandas.DataFrame(columns | about).assign(counts=[found["counts"]] * len(lost))
 
 
-def ten_strongest(inside: pandas.DataFrame, score: str) -> str:
-    """What the ten strongest sequences of the largest trained model are, in words."""
-    part = of(inside, score=score)
-    stated, noise = (mean(part, f"{kind}, share of the ten strongest") for kind in ("statements", "noise"))
-    return f"by {score}{' influence' * (score == 'raw')} a share of {stated} state its fact and {noise} are noise"
-
-
 def by_size(rows: pandas.DataFrame, corpus: str) -> pandas.DataFrame:
     """Share of the strongest 1 % by size, before and after training, with the value of each seed."""
     import pandas

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 SHARED = ("source", "kind", "language")  # a token is replaced by one of sequences that agree in these
 THIRDS = ("lower", "middle", "upper")
-ENDS = tuple(f"{third}_{side}" for third in THIRDS for side in ("first", "second"))
 # Two kinds of sequence with equal overlap in words with the query, the first of which also shares what it means; for
 # languages, sequences that mean the same in the other and in the query's own language.
 CONTRASTS = {"rule": ("T2", "T0r"), "language": ("other", "own"), "persona": ("demo_persona_action", "demo_action")}
@@ -390,13 +389,6 @@ def preference(lifts: np.ndarray, axis: int = 0) -> np.ndarray:
     means = np.mean(lifts, axis=axis)
     with np.errstate(divide="ignore", invalid="ignore"):
         return means[..., 0] / (means[..., 0] + means[..., 1])
-
-
-def middle_above_ends(lifts: np.ndarray, axis: int = 0) -> np.ndarray:
-    """Preference of the middle third less the larger one of lower and upper: [..., units, 6] with the columns
-    lower_first, lower_second, middle_first, …"""
-    lower, middle, upper = (preference(lifts[..., start : start + 2], axis) for start in (0, 2, 4))
-    return middle - np.maximum(lower, upper)
 
 
 def largest_block(shares: np.ndarray) -> float:

@@ -245,6 +245,6 @@ def cards(smallest: Trained, largest: Trained, kind: str, found: pandas.DataFram
             for name, member in members.items()
             for column in np.flatnonzero(member[scan.queries[query]])
         }
-        about = {"title": f"{kind}, {trained.parameters:,} weights", "labels": labels, "lowest": 1}
-        made.append(trained.card(query, k=4, caption=caption if trained is largest else "", **about))
+        title, said = f"{kind}, {trained.parameters:,} weights", caption if trained is largest else ""
+        made.append(trained.card(query, k=4, lowest=1, title=title, labels=labels, caption=said))
     return side_by_side(made)

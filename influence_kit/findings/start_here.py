@@ -13,6 +13,7 @@ from influence_kit.corpora.worlds.atlas import namesakes, supporters
 from influence_kit.findings.families import Planned, planted_grid
 from influence_kit.findings.profiles import Profile
 from influence_kit.findings.trained import Scanned, Trained
+from influence_kit.measures.intervals import bootstrap
 from influence_kit.measures.lexical import bm25, target_counts, token_counts
 from influence_kit.measures.lifts import lift
 
@@ -104,6 +105,22 @@ def word_overlap(world: World, scan: Scanned) -> np.ndarray:
 def places(values: np.ndarray) -> np.ndarray:
     """The place of each sequence in a ranking by scores [N], 1 for the highest."""
     return np.argsort(np.argsort(-values, kind="stable"), kind="stable") + 1
+
+
+def in_ten_words(scan: Scanned, query: int, tiers: Mapping[str, np.ndarray], overlap: np.ndarray, seed: int) -> str:
+    """How many of a query's ten strongest sequences state its fact, by influence and by shared words, and how many over all queries."""
+    from influence_kit.measures.lifts import precision_at, ranks
+
+    told, rankings = [], {"influence": scan.raw, "shared words": overlap}
+    for name, values in rankings.items():
+        same, other = (np.nan_to_num(10 * precision_at(values, tiers[tier], 10)[query]) for tier in (OWN, OTHER))
+        first = f"place {ranks(values, tiers[OTHER])[query]:,.0f}" if tiers[OTHER][query].any() else "no place"
+        share = bootstrap(precision_at(values, tiers[OWN] | tiers[OTHER], 10), np.full(len(values), seed))
+        told.append(
+            f"By {name}, {same:.0f} of the ten highest state the fact in the query's language and {other:.0f} in the other one, which is first "
+            f"stated at {first} of {values.shape[1]:,}; over all queries the share of the ten that state it is {share}."
+        )
+    return " ".join(told)
 
 
 def first_ten(

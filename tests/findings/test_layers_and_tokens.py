@@ -28,7 +28,6 @@ from influence_kit.findings.layers_and_tokens import (
     largest_block,
     layers,
     maps,
-    middle_above_ends,
     permutation_test,
     preference,
     preferred,
@@ -238,12 +237,9 @@ def test_permutation_test_knows_a_difference_from_none():
     assert value < 0.1 and p > 0.05
 
 
-def test_preference_and_the_middle_s_lead_by_hand():
+def test_preference_and_the_largest_block_by_hand():
     lifts = np.array([[1.0, 3, 4, 1, 0, 0], [1, 3, 2, 1, 2, 2]])
     assert preference(lifts[:, :2]) == pytest.approx(0.25) and preference(lifts[:, 2:4]) == pytest.approx(0.75)
-    assert middle_above_ends(lifts) == pytest.approx(0.75 - 0.5)
-    draws = np.stack([lifts, lifts[::-1], lifts])
-    assert middle_above_ends(draws, axis=1) == pytest.approx([0.25] * 3)
     assert np.isnan(preference(np.zeros((2, 2))))
     assert largest_block(np.array([[0.5, 0.5, 0], [0.1, 0.7, 0.2]])) == pytest.approx(1.8)
 
