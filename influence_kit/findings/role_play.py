@@ -318,8 +318,9 @@ def of_source(trained: Trained, query: int, k: int = 4) -> int:
 
 def card(trained: Trained, query: int, k: int = 4) -> CardView:
     """A query with the sequences that count most for it, and what they are to it."""
-    labels, title = _labels(trained, query), f"The {WORLDS[trained.arm]} world"
-    return trained.card(query, k=k, fraction=READ, title=title, labels=lambda place: labels.get(place, "other"))
+    found, title = _labels(trained, query), f"The {WORLDS[trained.arm]} world"
+    labels = {place: found.get(place, "other") for place in range(len(trained.scan(READ).rows))}
+    return trained.card(query, k, READ, title, labels, lowest=0)
 
 
 def speaker_preference(
