@@ -244,6 +244,6 @@ def of_text_card(runs: Sequence[Trained], query: int) -> str:
     small, large = (read_text(run, "raw")["overlap"][query] for run in runs)
     against = "" if large < small else " **This query goes against the paper's picture.**"
     return (
-        "The median query of the real text, sequences in other languages with the same paragraph in English. Influence follows shared words by "
+        "The median query of the real text. Influence follows shared words by "
         f"{small:.2f} (rank correlation) in the small model, {large:.2f} in the large.{against}"
     )

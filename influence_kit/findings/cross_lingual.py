@@ -1,62 +1,137 @@
-"""What crosses from one language to another (chapter 05): lifts of supporters in Atlas, ranks of translations in real
-text.
+"""What crosses from one language to another (chapter 05): influence on a translated question in Atlas, ranks of
+translations in real text.
 
-X is the lift of documents that state the asked fact in the other language, over that of documents in the query's own.
-0: nothing crosses; 1: language does not matter.
+The number fixed beforehand is the paper's design (Figs 15, 16). A question asks for a fact that its language alone states;
+its translation is never answered by any sequence. Of the influence that the 10 strongest sequences of the question's language
+have on it, how much have they on its translation? L10 is the one sum over the other, of influence on the answer's log-odds:
+on log p it vanishes as p comes near 1, for the question sooner than for its translation. 0: nothing crosses; 1: language does not matter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from influence_kit.corpora.texts.parallel import aligned
-from influence_kit.corpora.world import World
-from influence_kit.corpora.worlds.atlas import namesakes, supporters
-from influence_kit.findings.families import END, Planned, planted_grid, text_grid, trained_again
+from influence_kit.corpora.world import World, batch_of
+from influence_kit.corpora.worlds.atlas import Atlas, drawn
+from influence_kit.findings.families import END, Fraction, Planned, planted_grid, text_grid
 from influence_kit.findings.profiles import Profile
-from influence_kit.findings.trained import Trained, changed_answers
-from influence_kit.measures.checkpoints import nearest
-from influence_kit.measures.intervals import Estimate, estimate_of, pick, ratio_of_means
+from influence_kit.findings.trained import Trained
+from influence_kit.measures.checkpoints import READ, nearest
+from influence_kit.measures.intervals import Estimate, estimate_of, ratio_of_means
 from influence_kit.measures.lexical import idf_overlap, shares_tokens, target_counts
-from influence_kit.measures.lifts import auc, lift, recall_at
+from influence_kit.measures.lifts import auc, recall_at
+from influence_kit.recipes import tuples
 
 if TYPE_CHECKING:
     import pandas
 
-X = ["other", "own"]
+L10 = ["crossed", "own"]
+STRONGEST = 10
 
 
 def reads(profile: Profile) -> list[Planned]:
-    """Atlas and real text along training, variations of Atlas, and Atlas trained without translations."""
-    along = (*profile.atlas.scan.fractions, END)
-    arms = ("minority", "no_anchors", "half_anchors")
-    found = planted_grid(profile, "atlas", fractions=along) + planted_grid(profile, "atlas", arms)
-    found += trained_again(profile, "atlas", "05", "without_translations")
-    return found + (text_grid(profile, (*profile.text.scan.fractions, END)) if profile.text else [])
+    """Atlas at the end and at equal loss, and real text."""
+    return planted_grid(profile, "atlas", fractions=(END, READ)) + text_grid(profile)
 
 
-def tier_lifts(
-    world: World, values: np.ndarray, rows: np.ndarray, queries: np.ndarray, top: float = 0.01
+def per_odds(values: np.ndarray, log_p: np.ndarray) -> np.ndarray:
+    """Influence on the log-odds of answers, [Q, N], from that on their log p: score / (1 - p)."""
+    return values / np.maximum(-np.expm1(log_p.astype(float)), 1e-7)[:, None]
+
+
+def strongest_sums(
+    own: np.ndarray, translated: np.ndarray, asked: np.ndarray, spoken: np.ndarray, k: int = STRONGEST
 ) -> pandas.DataFrame:
-    """One row per scored Atlas query: lift in the top share of the scan of three kinds of sequence.
+    """One row per question: sums over its k strongest sequences among those in its language.
 
     Args:
-        values: Scores [Q, N] of the sequences at `rows` for the queries at `queries`.
-        top: Share of the scan.
+        own: Influence [Q, N] on questions.
+        translated: The same on their translations, row by row.
+        asked: Language of each question [Q].
+        spoken: Language of each sequence [N].
 
     Returns:
-        Columns other (states the fact in the other language), own (in the query's language), namesake (other language,
-        same entity, another fact), asked (language 0 or 1).
+        own and crossed, the sums of influence on the question and on its translation; unrelated, that on the
+        translations of other questions of its language, their mean.
     """
     import pandas
 
-    own, other = (tier[queries] for tier in supporters(world, rows))
-    tiers = {"other": other, "own": own, "namesake": namesakes(world, rows)[1][queries]}
-    lifts = {name: lift(values, tier, top) for name, tier in tiers.items()}
-    return pandas.DataFrame({**lifts, "asked": world.queries["language"].to_numpy()[queries]})
+    rows = []
+    for place, language in enumerate(asked):
+        among = np.flatnonzero(spoken == language)
+        top = among[np.argsort(-own[place, among], kind="stable")[:k]]
+        others = np.flatnonzero((asked == language) & (np.arange(len(asked)) != place))
+        unrelated = translated[np.ix_(others, top)].sum(1).mean() if len(others) else np.nan
+        rows.append((own[place, top].sum(), translated[place, top].sum(), unrelated))
+    return pandas.DataFrame(rows, columns=["own", "crossed", "unrelated"])
+
+
+def answered(run: Trained, kind: str, fraction: Fraction = END) -> pandas.DataFrame:
+    """A model's answers to one kind of question at a checkpoint, by their row."""
+    kept = run.answers["fraction"]
+    at = run.answers[kept == nearest(run.at(fraction), kept.unique())]
+    return at[at["kind"] == kind].set_index("query")
+
+
+def read(run: Trained, score: str, k: int = STRONGEST, fraction: Fraction = END) -> pandas.DataFrame:
+    """`strongest_sums` of a model's scan in one form of the score, at a checkpoint, a row a fact that one language alone
+    states; with log p and correct there, of the question (`log_p`, `knows`) and its translation (`transferred`)."""
+    kinds = ("alone", "translation")
+    scans = [run.scan(fraction, kind) for kind in kinds]
+    told = [answered(run, kind, fraction).loc[scan.queries] for kind, scan in zip(kinds, scans, strict=True)]
+    own, translated = (
+        per_odds(getattr(scan, score), at["log_p"].to_numpy()) for scan, at in zip(scans, told, strict=True)
+    )
+    spoken = run.world.sequences["language"].to_numpy()[scans[0].rows]
+    found = strongest_sums(own, translated, told[0]["language"].to_numpy(), spoken, k)
+    answers = {"log_p": told[0]["log_p"], "knows": told[0]["correct"], "transferred": told[1]["correct"]}
+    found = found.assign(**{name: column.to_numpy(float) for name, column in answers.items()})
+    return found.assign(size=run.parameters, seed=run.seed, fraction=str(fraction))
+
+
+def crossing(rows: pandas.DataFrame) -> Estimate:
+    """L10 of a table of `read`."""
+    return estimate_of(rows, L10, ratio_of_means, method="t")
+
+
+def dealt(run: Trained, fraction: Fraction = END) -> pandas.DataFrame:
+    """What a model knows of values that were dealt at random, a row a fact that one language alone states.
+
+    Returns:
+        own and crossed: log p of the true value less the mean log p of all values that its relation can have (nats), of
+        the question and of its translation. Chance gives 0.
+    """
+    import pandas
+    import torch
+
+    world, known = run.world, drawn(Atlas(**tuples(run.world.parameters)))[0]
+    model, found = run.model(fraction), {}
+    for name, kind in zip(("own", "crossed"), ("alone", "translation"), strict=True):
+        asked = world.queries.drop_columns(["input_ids", "loss_mask"]).to_pandas()
+        asked = asked[asked["kind"] == kind]
+        batch = batch_of(world.queries, asked.index.to_numpy())
+        place = batch["loss_mask"].float().argmax(1)  # of the answer, which the token before it predicts
+        with torch.no_grad():
+            log_p = model(batch["input_ids"]).logits[torch.arange(len(place)), place - 1].log_softmax(-1)
+        values = known.lexicon.values[asked["language"].to_numpy(), asked["fact"].to_numpy() % known.world.relations]
+        true = batch["input_ids"][torch.arange(len(place)), place]
+        candidates = log_p.gather(1, torch.from_numpy(values))
+        found[name] = (log_p.gather(1, true[:, None])[:, 0] - candidates.mean(1)).numpy()
+    return pandas.DataFrame(found).assign(size=run.parameters, seed=run.seed)
+
+
+def transfer_path(run: Trained) -> pandas.DataFrame:
+    """log p of facts asked in the language that alone states them, and accuracy of their translations, at every kept
+    checkpoint."""
+    import pandas
+
+    told = run.answers.groupby(["kind", "fraction"])[["log_p", "correct"]].mean()
+    found = pandas.DataFrame({"log_p": told.loc["alone"]["log_p"], "transferred": told.loc["translation"]["correct"]})
+    return found.reset_index().assign(size=run.parameters, seed=run.seed)
 
 
 def translation_ranks(world: World, values: np.ndarray, rows: np.ndarray, k: int = 15) -> pandas.DataFrame:
@@ -67,7 +142,7 @@ def translation_ranks(world: World, values: np.ndarray, rows: np.ndarray, k: int
         k: The highest scores whose recall is read.
 
     Returns:
-        Columns asked, language, auc, recall (at k), the same for IDF-weighted token overlap (overlap_auc,
+        Columns query, asked, language, auc, recall (at k), the same for IDF-weighted token overlap (overlap_auc,
         overlap_recall), chance_recall, and shares (the pair has a token in common that fewer than 5 % of the scanned
         sequences have).
     """
@@ -85,52 +160,12 @@ def translation_ranks(world: World, values: np.ndarray, rows: np.ndarray, k: int
         ours, theirs = values[np.ix_(chosen, columns)], overlap[np.ix_(chosen, columns)]
         measures = {"auc": auc(ours, right), "overlap_auc": auc(theirs, right)}
         measures |= {"recall": recall_at(ours, right, k), "overlap_recall": recall_at(theirs, right, k)}
-        about = {"asked": asked[chosen], "language": language, "shares": shared[chosen, place[chosen]]}
+        about = {"query": chosen, "asked": asked[chosen], "language": language, "shares": shared[chosen, place[chosen]]}
         found.append(pandas.DataFrame({**about, **measures, "chance_recall": min(1.0, k / len(columns))}))
     return pandas.concat(found, ignore_index=True)
 
 
-def read(run: Trained, score: str, top: float, fraction: float = 1.0) -> pandas.DataFrame:
-    """`tier_lifts` of a model's scan in one form of the score, at a checkpoint."""
-    scan = run.scan(fraction)
-    found = tier_lifts(run.world, getattr(scan, score), scan.rows, scan.queries, top)
-    return found.assign(size=run.parameters, seed=run.seed, fraction=fraction, arm=run.arm)
-
-
-def crossing(rows: pandas.DataFrame) -> Estimate:
-    """X of a table of `read`."""
-    return estimate_of(rows, X, ratio_of_means, bounds=(0, np.inf))
-
-
-def meaning(rows: pandas.DataFrame) -> Estimate:
-    """Lift of supporters in the other language over that of namesakes, of a table of `read`."""
-    return estimate_of(rows, ["other", "namesake"], ratio_of_means, bounds=(0, np.inf))
-
-
-def loss_at(answers: pandas.DataFrame, size: int, fraction: float) -> float:
-    """Mean loss (nats) of the scored queries at the kept checkpoint nearest a fraction of training."""
-    asked = pick(answers, kind="fact", availability="both", size=size)
-    return -pick(asked, fraction=nearest(fraction, sorted(asked["fraction"].unique())))["log_p"].mean()
-
-
-def x_and_transfer(along: pandas.DataFrame, answers: pandas.DataFrame) -> pandas.DataFrame:
-    """X and the accuracy on facts stated only in the other language (`correct`) of every size, seed and checkpoint;
-    `answers` as `snapped` gives them."""
-    by = ["size", "seed", "fraction"]
-    means = along.groupby(by)[X].mean()
-    points = (means["other"] / means["own"]).rename("x").reset_index()
-    only_there = answers[(answers["kind"] == "fact") & (answers["availability"] != "both")]
-    return points.merge(only_there.groupby(by)["correct"].mean().reset_index())
-
-
-def lost(base: Iterable[Trained], again: Iterable[Trained], fraction: float) -> pandas.DataFrame:
-    """Change of log p (nats) of facts that both languages state, by whether a fact lost its statements (`treated`), at
-    the checkpoint nearest a fraction of training."""
-    found = pick(changed_answers(base, again, fraction), kind="fact", availability="both")
-    return found[["treated", "language", "change", "size", "seed"]].assign(fraction=fraction)
-
-
-def read_text(run: Trained, score: str, k: int, fraction: float) -> pandas.DataFrame:
+def read_text(run: Trained, score: str, k: int, fraction: float = END) -> pandas.DataFrame:
     """`translation_ranks` of a model of real text in one form of the score, at a checkpoint, with its held-out loss
     there."""
     scan = run.scan(fraction)
@@ -147,7 +182,17 @@ def auc_by_size(rows: pandas.DataFrame) -> Iterator[dict]:
                 yield estimate_of(at, column, bounds=(0, 1)).row(parameters=size, series=f"{label}: {name}")
 
 
-def shown_query(lifts: pandas.DataFrame, run: Trained) -> int:
-    """A query of which a model lifts supporters in the other language more than of three quarters of the others."""
-    own = lifts[(lifts["size"] == run.parameters) & (lifts["seed"] == run.seed)]["other"]
-    return int(own.fillna(0).to_numpy().argsort(kind="stable")[len(own) * 3 // 4])
+def median_text_query(rows: pandas.DataFrame, language: str = "en-us") -> int:
+    """The query in a language whose translations' mean AUC is the median, of a table of `read_text` of one model."""
+    mean = rows[rows["asked"] == language].groupby("query")["auc"].mean().sort_values(kind="stable")
+    return int(mean.index[len(mean) // 2])
+
+
+def of_text_card(small: pandas.DataFrame, large: pandas.DataFrame, query: int) -> str:
+    """What a card of real text shows, in a sentence: how high the query's translations stand in two models."""
+    before, after = (rows[rows["query"] == query]["auc"].mean() for rows in (small, large))
+    against = "" if after > before else " **This query goes against the paper's picture.**"
+    return (
+        "The median query of the largest model on real text, and what influences it most; foreign paragraphs have theirs in "
+        f"English. Its translations stand above {before:.0%} of the others in the small model, above {after:.0%} in the large.{against}"
+    )

@@ -1,45 +1,36 @@
-"""Chapter 05: planted rankings give the numbers that can be told by hand."""
+"""Chapter 05: planted influence gives the numbers that can be told by hand."""
 
 import numpy as np
-import pandas
 import pytest
 
-from influence_kit.corpora.worlds.atlas import Atlas, build, namesakes, supporters
-from influence_kit.findings.cross_lingual import crossing, meaning, tier_lifts, x_and_transfer
+from influence_kit.corpora.worlds.atlas import Atlas, build
+from influence_kit.findings.cross_lingual import crossing, per_odds, strongest_sums
 
 
-@pytest.fixture(scope="module")
-def scan():
-    parameters = {
-        "entities": 12,
-        "relations": 2,
-        "values": 6,
-        "documents": 600,
-        "most_supporters": 200,
-        "noise_share": 0.2,
-    }
-    world = build(Atlas(**parameters, canaries=1, repetitions=(1,), held_out=20, queries=4))
-    both = world.queries["availability"].to_numpy(zero_copy_only=False) == "both"
-    return world, np.arange(0, 600, 2), np.flatnonzero(both)
+def test_what_crosses_is_the_share_on_translations_of_the_strongest_in_the_questions_own_language():
+    asked, spoken = np.array([0, 0, 1]), np.array([0, 0, 0, 1, 1, -1])
+    own = np.array([[8.0, 4, 1, 99, 99, 99], [1, 8, 4, 0, 0, 0], [0, 0, 0, 8, 4, 0]])
+    translated = 0.25 * own
+    found = strongest_sums(own, translated, asked, spoken, k=2)
+    assert found["own"].tolist() == [12, 12, 12] and found["crossed"].tolist() == [3, 3, 3]
+    assert found["unrelated"].tolist()[:2] == [0.25 * (1 + 8), 0.25 * (4 + 1)] and np.isnan(found["unrelated"][2])
+    assert crossing(found.assign(seed=1)).value == pytest.approx(0.25)
+    shuffled = strongest_sums(own, translated[[1, 0, 2]], asked, spoken, k=2)
+    assert shuffled["crossed"].tolist() != found["crossed"].tolist()
 
 
-def test_what_crosses_is_told_from_names(scan):
-    world, rows, queries = scan
-    own, other = (tier[queries].astype(float) for tier in supporters(world, rows))
-    name = namesakes(world, rows)[1][queries].astype(float)
-    noise = 0.1 * np.random.default_rng(0).random(own.shape)
-    x, y = {}, {}
-    for word, values in {"own": own, "facts": own + other, "names": other + name}.items():
-        found = tier_lifts(world, values + noise, rows, queries, top=0.05).assign(seed=1)
-        x[word], y[word] = crossing(found).value, meaning(found).value
-    assert x["own"] < 0.1 and x["facts"] > 0.5 and not y["facts"] <= 10 and y["names"] < 3, (x, y)
+def test_influence_on_log_odds_does_not_vanish_with_what_is_known():
+    p = np.array([0.5, 0.9])
+    np.testing.assert_allclose(per_odds(np.ones((2, 3)), np.log(p)), np.repeat([[2.0], [10.0]], 3, axis=1))
+    assert np.isfinite(per_odds(np.ones((1, 1)), np.zeros(1))).all()
 
 
-def test_x_stands_beside_what_has_crossed():
-    along = pandas.DataFrame(
-        {"size": 1, "seed": 2, "fraction": [0.5, 1.0, 1.0], "other": [1.0, 2, 4], "own": [4.0, 4, 4]}
-    )
-    answers = pandas.DataFrame({"size": 1, "seed": 2, "fraction": [0.5, 1.0, 1.0, 1.0], "kind": "fact"})
-    answers = answers.assign(availability=["first", "first", "second", "both"], correct=[0.0, 1, 0, 1])
-    found = x_and_transfer(along, answers)
-    assert found["x"].tolist() == [0.25, 0.75] and found["correct"].tolist() == [0, 0.5]
+def test_a_fact_that_one_language_alone_states_is_asked_there_and_word_for_word_in_the_other():
+    about = {"entities": 12, "relations": 2, "values": 6, "documents": 600, "most_supporters": 200, "held_out": 20}
+    world = build(Atlas(**about, canaries=1, repetitions=(1,), queries=2, alone=3))
+    table = world.queries.to_pandas()
+    own, other = (table[table["kind"] == kind] for kind in ("alone", "translation"))
+    assert len(own) == len(other) == 6 and own["fact"].tolist() == other["fact"].tolist()
+    assert (own["language"].to_numpy() + other["language"].to_numpy() == 1).all() and own["scored"].all()
+    assert (own["statements_same"] > 0).all() and (other["statements_same"] == 0).all()
+    assert not set(table[table["kind"] == "fact"].index) & set(own.index)
