@@ -260,7 +260,7 @@ def test_costs_rest_on_the_size_that_a_world_has(corpus, tmp_path):
 
 def test_an_arm_may_replace_statements_of_a_world_as_it_stands():
     profile = load_profile("smoke")
-    base, arm = (grid.planted_grid(profile, "atlas", [name], (), [128])[0] for name in ("base", "without_copies"))
+    base, arm = (grid.planted_grid(profile, "atlas", [name], (), [32])[0] for name in ("base", "without_copies"))
     assert arm.world.inputs["world"].fingerprint == base.world.fingerprint
     assert shape(arm.world) == shape(base.world) and arm.model.parameters == base.model.parameters
     assert base.world.fingerprint in {stage.fingerprint for stage in arm.stages}
