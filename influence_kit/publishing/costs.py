@@ -22,7 +22,14 @@ BASE = 600_000_000  # bytes of a process that has loaded torch
 
 def cost_of(stage: Stage) -> Cost:
     """Seconds on one process, bytes of memory and of disk."""
-    made = {"text": _text, "world": _world, "model": _model, "influence": _scan, "chapter": _chapter}
+    made = {
+        "text": _text,
+        "weights": _packed,
+        "world": _world,
+        "model": _model,
+        "influence": _scan,
+        "chapter": _chapter,
+    }
     return made.get(stage.kind, _extra)(stage)
 
 
@@ -49,6 +56,10 @@ def _measured(gpu: str) -> float:
 
 def _text(stage: Stage) -> Cost:
     return Cost(60, BASE, 60_000_000)
+
+
+def _packed(stage: Stage) -> Cost:
+    return Cost(90, 4_000_000_000, 2_000_000_000)
 
 
 def _chapter(stage: Stage) -> Cost:

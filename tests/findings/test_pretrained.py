@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import yaml
+from gguf_files import write_llama
 
 from influence_kit import models
 from influence_kit.errors import UserError
@@ -106,6 +107,40 @@ def test_a_file_of_equal_length_with_other_content_makes_other_stages(folders, t
     assert fingerprints() == before  # times alone say nothing
     path.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
     assert before != fingerprints()
+
+
+def test_a_model_in_a_gguf_file_reads_with_the_opening_that_is_asked(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("INFLUENCE_KIT_CACHE", str(tmp_path / "cache"))
+    texts = [" ".join(words) for words in WORDS.values()]
+    model, begun = write_llama(tmp_path / "tiny.gguf", texts, quantised=True), {}
+    for opening in ("best", "none", 5):
+        size = {"pretrained": str(tmp_path / "tiny.gguf"), "opening": opening}
+        (planned,) = grid.text_grid(profile_with(folders, tmp_path, family={"sizes": [size]}))
+        begun[opening] = Trained(planned).world
+        about = begun[opening].parameters["begins"]
+        firsts = {ids[0] for ids in begun[opening].sequences["input_ids"].to_pylist()}
+        assert "Texts begin with" in about["said"] if about["token"] is not None else "no opening" in about["said"]
+        assert firsts == {about["token"]} if about["token"] is not None else len(firsts) > 1
+    assert begun[5].parameters["begins"]["token"] == 5 and begun["none"].parameters["begins"]["token"] is None
+    assert len(begun["best"].parameters["begins"]["nats"]) == 3
+    scan = Trained(planned).scan()
+    assert np.isfinite(scan.raw).all() and scan.raw.std() > 0
+    assert Trained(planned).parameters == models.non_embedding_parameters(model)
+
+
+@pytest.mark.parametrize(
+    "size, said",
+    [
+        ({"pretrained": "wheel:some-model==1.0"}, "pretrained: .*needs sha256"),
+        ({"pretrained": "wheel:some-model"}, "pretrained: .*NAME==VERSION"),
+        ({"pretrained": "wheel:gemma-it==1.0", "sha256": "a" * 64}, "pretrained: .*Gemma Terms of Use"),
+        ({"pretrained": "nowhere.gguf"}, r"pretrained: .*nowhere\.gguf does not exist"),
+        ({"opening": "bes"}, "opening"),
+    ],
+)
+def test_a_profile_is_refused_for_a_gguf_that_cannot_be_had(folders, tmp_path, size, said):
+    with pytest.raises(UserError, match=said):
+        profile_with(folders, tmp_path, family={"sizes": [size]})
 
 
 def test_pretrained_models_have_no_path_and_no_atlas(folders, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,15 @@ LONGEST_TOKEN = 1000  # characters, on average of a text's first tokens
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def own_world(model: str, texts: str, prompt: str, completion: str, length: int = 64, limit: int = 500) -> World:
+def own_world(
+    model: str,
+    texts: str,
+    prompt: str,
+    completion: str,
+    length: int = 64,
+    limit: int = 500,
+    opening: int | Literal["bos"] | None = "bos",
+) -> World:
     """Everything but the weights: texts as sequences, the question as the one query. Reads no weights: it fails early.
 
     Columns of sequences: pair_id, language, source, text; of the query: prompt, completion. The tokenizer needs neither
@@ -35,6 +43,8 @@ def own_world(model: str, texts: str, prompt: str, completion: str, length: int 
             alone would not give. Write the space between them.
         length: Tokens that a text is cut to.
         limit: Number of texts that are taken, evenly over all.
+        opening: Token that texts and question begin with, None for none; "bos": the tokenizer's (`choose_opening` of findings
+            finds the one that the model knows).
 
     Raises:
         UserError: names the parameter: an empty or impossible one, a model or tokenizer that is not there, texts that
@@ -56,8 +66,9 @@ def own_world(model: str, texts: str, prompt: str, completion: str, length: int 
     context = getattr(config, "max_position_embeddings", None)
     if context and length > context:
         raise UserError(f"length is {length}, but {model} reads at most {context} tokens: lower length")
-    opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    asked, start = _query(tokenizer, opening, prompt, completion)
+    first = tokenizer.bos_token_id if opening == "bos" else opening
+    before = [] if first is None else [first]
+    asked, start = _query(tokenizer, before, prompt, completion)
     if context and len(asked) > context:
         raise UserError(
             f"the prompt and completion are {len(asked)} tokens, but {model} reads at most {context}: shorten them"
@@ -69,7 +80,7 @@ def own_world(model: str, texts: str, prompt: str, completion: str, length: int 
     found = found.take(pa.array(chosen))
     # A line of megabytes is read as far as its first tokens: some tokenizers take a time that grows with its square.
     texts_cut = [text[: LONGEST_TOKEN * length] for text in found["text"].to_pylist()]
-    input_ids, loss_mask = encode_with(tokenizer, texts_cut, length, config.vocab_size)
+    input_ids, loss_mask = encode_with(tokenizer, texts_cut, length, config.vocab_size, first)
     kept = loss_mask.any(1)
     if not kept.any():
         raise UserError(
@@ -89,7 +100,7 @@ def own_world(model: str, texts: str, prompt: str, completion: str, length: int 
         pa.table({**token_columns(np.array([asked]), mask), **query}),
         words,
         fast.to_str() if fast else "",
-        {"model": model, "length": length, "limit": limit, "opening": len(opening)},
+        {"model": model, "length": length, "limit": limit, "opening": len(before)},
     )
 
 

@@ -98,6 +98,16 @@ def test_a_token_that_spans_both_belongs_to_the_completion(model, texts):
     assert asked.endswith("our lies") and " harbour lies".endswith(asked)
 
 
+@pytest.mark.parametrize("opening", [7, None])
+def test_texts_and_question_begin_with_the_opening_that_is_given(model_with_bos, texts, opening):
+    world = own_world(model_with_bos, texts, PROMPT, COMPLETION, opening=opening)
+    usual = own_world(model_with_bos, texts, PROMPT, COMPLETION)
+    for given, own in ((world.sequences, usual.sequences), (world.queries, usual.queries)):
+        first, of_text = given["input_ids"][0].as_py(), own["input_ids"][0].as_py()
+        assert first[:6] == ([opening, *of_text[1:]] if opening is not None else of_text[1:])[:6]
+    assert world.parameters["opening"] == (opening is not None)
+
+
 def test_an_empty_prompt_needs_a_bos_or_a_second_token(model, model_with_bos, texts):
     assert token_matrix(own_world(model_with_bos, texts, "", "The").queries, "loss_mask").sum() == 1
     with pytest.raises(UserError, match="leaves no token to predict"):
