@@ -117,43 +117,18 @@ class Chapter:
             UserError: An id that is not in the file, or belongs to another chapter.
         """
         from influence_kit.findings.fixed import rule_of
-        from influence_kit.measures.claims import judged
+        from influence_kit.measures.claims import judged, row_of, write_json
 
-        return self._keep(judged(rule_of(id, self.name), estimate, referee, gates))
-
-    def claim(self, id: str, claim: str, paper: str, estimate: Estimate, unit: str = "", gates=(), **rule) -> Claim:
-        """An exploratory statement, shown in the chapter and in no table of verdicts. Works only until all notebooks are converted to
-        `conclude`; new cells do not call it."""
-        from influence_kit.measures.claims import Rule, judged
-
-        ends = {name: rule[name] for name in ("confirm_above", "confirm_below") if rule.get(name) is not None}
-        made = Rule(id, self.name, "exploratory", claim, unit, str(paper), **ends)
-        return self._keep(judged(made, estimate, gates=gates))
-
-    def refereed(self, id: str, method: str, by: Claim) -> Claim:
-        """What a referee found, beside an exploratory statement; goes with `claim`."""
-        return next(claim for claim in self.claims if claim.id == id)
-
-    def _keep(self, made: Claim) -> Claim:
-        from influence_kit.measures.claims import row_of, write_json
-
+        made = judged(rule_of(id, self.name), estimate, referee, gates)
         if any(old.id == made.id for old in self.claims):
             self.claims = [made if old.id == made.id else old for old in self.claims]
         else:
             self.claims.append(made)
         (self.folder / "claims").mkdir(parents=True, exist_ok=True)
-        rows = [row_of(one) for one in self.claims if one.tier != "exploratory"]
+        rows = [row_of(one) for one in self.claims]
         content = {"changed": self.changed, "claims": rows} if self.changed else rows
         write_json(self.folder / "claims" / f"{self.name}.json", content)
         return made
-
-    def referees(self):
-        """What referees say of the chapter's claims so far, in words, beside what influence says."""
-        from IPython.display import Markdown
-
-        from influence_kit.reading.verdicts import referees_markdown
-
-        return Markdown(referees_markdown(self.claims))
 
     def verdicts(self):
         """The chapter's verdict table, for the end of a notebook."""
@@ -161,4 +136,4 @@ class Chapter:
 
         from influence_kit.reading.verdicts import chapter_table_markdown
 
-        return Markdown(chapter_table_markdown(claim for claim in self.claims if claim.tier != "exploratory"))
+        return Markdown(chapter_table_markdown(self.claims))

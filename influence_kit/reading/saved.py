@@ -61,12 +61,12 @@ def save_figure(
         fig: What was drawn.
         folder: Where the files go; made where it is not there.
         name: A plain file name without its ending.
-        table: What was drawn; the CSV keeps 9 significant digits, the parquet all.
+        table: What was drawn, estimates as rows of `Estimate.row`; the CSV keeps 9 significant digits, the parquet all.
         alt: What the figure shows, in words and numbers (see `figures.describe`).
         provenance: Where it comes from, as JSON can hold it, without clock or path; goes into each file but the CSV.
 
     Raises:
-        UserError: an empty table or alt text, or a name that is a path.
+        UserError: an empty table or alt text, a name that is a path, or intervals without the values of their seeds.
     """
     import pyarrow
     import pyarrow.parquet
@@ -75,6 +75,10 @@ def save_figure(
         raise UserError(f"figure {name!r} has {len(table)} table rows and alt text {alt!r}: give both (see describe)")
     if not re.fullmatch(r"[\w.-]+", name):
         raise UserError(f"figure name {name!r} is not a plain file name: use letters, digits, '-', '_' and '.'")
+    if {"low", "high"} <= set(table.columns) and not {"estimate", "interval"} <= set(table.columns):
+        raise UserError(
+            f"figure {name!r} has intervals without their seeds: make the rows of its table by Estimate.row"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     origin = json.dumps(provenance, sort_keys=True, ensure_ascii=False)

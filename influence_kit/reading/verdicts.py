@@ -90,18 +90,6 @@ def number(said: Claim | Referee) -> str:
     return f"{Estimate(said.measured, *said.interval, 0)} {said.unit}".strip()
 
 
-def referees_markdown(claims: Iterable[Claim]) -> str:
-    """The claims that have a referee, a sentence each with both numbers."""
-    lines = []
-    for claim in claims:
-        if (by := claim.referee) is not None:
-            agrees = "**disagrees**" if by.agreement == "disagrees" else f"{by.agreement}"
-            lines.append(
-                f"- {claim.claim}: **{claim.verdict}** ({number(claim)}); {by.method} {agrees} ({number(by)})."
-            )
-    return "\n".join(lines)
-
-
 def _parts(claim: Claim, strong: str = "") -> tuple[str, str, str, str]:
     """Finding, paper, here and referee of a line."""
     verdict = f"no effect > {claim.delta:g}" if claim.status.startswith("no ") else claim.status

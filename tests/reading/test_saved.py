@@ -21,7 +21,9 @@ PROVENANCE = {"stage": "scan", "seed": 3}
 def table() -> pandas.DataFrame:
     sizes = [118_000, 472_000, 1_900_000]
     estimate = numpy.array([1.5, 1 / 3, 1e-5])
-    return pandas.DataFrame({"parameters": sizes, "estimate": estimate, "low": estimate * 0.9, "high": estimate * 1.2})
+    return pandas.DataFrame(
+        {"parameters": sizes, "estimate": estimate, "low": estimate * 0.9, "high": estimate * 1.2}
+    ).assign(interval="t over seeds")
 
 
 def save(folder, **changes):
@@ -90,7 +92,9 @@ def test_font_named_by_the_user_draws_cjk(tmp_path, monkeypatch, fresh_fonts):
     assert fonts.families("한국 中文") == [fonts.BASE, "Probe"]
     drawn = []
     for label in ("한국", "中文", "plain"):
-        rows = pandas.DataFrame({"label": [label], "estimate": [1.0], "low": [0.5], "high": [2.0]})
+        rows = pandas.DataFrame(
+            {"label": [label], "estimate": 1.0, "low": 0.5, "high": 2.0, "interval": "t over seeds"}
+        )
         saved = save_figure(
             figures.estimate_bars(rows, xlabel="lift"), tmp_path, "f", table=rows, alt=ALT, provenance={}
         )
@@ -132,3 +136,8 @@ def probe_font() -> bytes:
     data = io.BytesIO()
     builder.save(data)
     return data.getvalue()
+
+
+def test_intervals_without_their_seeds_are_refused(tmp_path):
+    with pytest.raises(UserError, match="'lift' has intervals without their seeds"):
+        save(tmp_path, table=table().drop(columns="interval"))
