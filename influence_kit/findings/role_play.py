@@ -29,7 +29,7 @@ from influence_kit.corpora.texts.wesnoth import NARRATOR
 from influence_kit.corpora.world import World
 from influence_kit.corpora.worlds.cast import tiers
 from influence_kit.errors import UserError
-from influence_kit.findings.families import Planned, dialogue_grid, planted_grid
+from influence_kit.findings.families import END, Planned, dialogue_grid, planted_grid
 from influence_kit.findings.profiles import Profile
 from influence_kit.findings.trained import Trained, paired
 from influence_kit.measures.checkpoints import READ
@@ -251,11 +251,11 @@ def removals(runs: Iterable[Trained], again: Iterable[Trained]) -> list[tuple[Tr
 
 
 def removed(base: Trained, again: Trained) -> pandas.DataFrame:
-    """`changes` by retraining, and as influence foretells them, with by, world, dropped (kind of document) and seed."""
+    """`changes` by retraining at its end, and as influence foretells them where it is read, with by, world, dropped (kind of document) and seed."""
     import pandas
 
     dropped, scan = again.world.parameters["dropped"], base.scan(READ)
-    before, after = (_answers(run, base.at(READ)) for run in (base, again))
+    before, after = (_answers(run, END) for run in (base, again))
     treated, units = after["treated"].to_numpy(bool), _units(again.world)
     gone = again.world.sequences["replaced"].to_numpy(zero_copy_only=False)[scan.rows]
     foretold = predicted_removal(scan.raw, gone)
