@@ -106,7 +106,7 @@ def test_a_chapter_runs_alone_in_papermill_with_another_parameter(first, tmp_pat
     os.environ["INFLUENCE_KIT_FIGURES"] = str(tmp_path)
     try:
         parameters = {"profile": "smoke", "top": 0.05, "real_text": False}
-        source = ROOT / "notebooks" / "05_cross_lingual.ipynb"
+        source = ROOT / "notebooks" / "04_abstraction_vs_size.ipynb"
         papermill.execute_notebook(
             str(source),
             str(tmp_path / "out.ipynb"),
@@ -117,6 +117,6 @@ def test_a_chapter_runs_alone_in_papermill_with_another_parameter(first, tmp_pat
         )
     finally:
         del os.environ["INFLUENCE_KIT_FIGURES"]
-    ours = pandas.read_parquet(tmp_path / "05_x_by_size.parquet")
-    theirs = pandas.read_parquet(FIGURES / "05_x_by_size.parquet")
+    ours = pandas.read_parquet(tmp_path / "04_meaning_by_size.parquet")
+    theirs = pandas.read_parquet(FIGURES / "04_meaning_by_size.parquet")
     assert len(ours) == len(theirs) and not ours.equals(theirs)
