@@ -146,7 +146,8 @@ def run(
     numbers = _seeds(split(seeds))
     settings = _load(profile, numbers, without_real_text)
     changed = changed_from(profile, numbers, not without_real_text)
-    chapters = select(split(only), chapter_names())
+    every = select(settings.chapters, chapter_names())
+    chapters = select(split(only), every)
     root = notebooks.notebooks_folder().parent
     always = {"profile": profile} | ({"seeds": changed["seeds"]} if "seeds" in changed else {})
     paths = [root / "notebooks" / f"{chapter}.ipynb" for chapter in chapters]
@@ -176,7 +177,7 @@ def run(
         return
     claims, figures = publish(run.folder, executions, update_expected, run.expected, run.changed)
     total = len({stage.fingerprint for stage in stages})
-    if made and (run.changed or labels == chapter_names()):
+    if made and (run.changed or labels == every):
         run.write(made, total, labels)
     print(closing_screen(claims, figures, run.folder))
     print(f"{made} made, {total - made} from the cache, in {clock(time.monotonic() - run.began)}; see {run.folder}")
@@ -199,7 +200,8 @@ def stages(
     from influence_kit.findings.discovery import CHECKS, chapter_names, stages_for
 
     settings = _load(profile, _seeds(split(seeds)), without_real_text)
-    chapters = select(split(only), chapter_names())
+    every = select(settings.chapters, chapter_names())
+    chapters = select(split(only), every)
     wanted = [stage for chapter in chapters for stage in stages_for(settings, chapter)]
     made = _make(wanted, plan, split(force), chapter_names(), jobs, verify, CHECKS)
     if made is not None:

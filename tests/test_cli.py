@@ -26,6 +26,8 @@ CHAPTERS = ["01_growth", "02_more"]
 class TinyProfile:
     """What the command line asks of a profile."""
 
+    chapters = ()
+
     def __init__(self, name: str, seeds: list[int] | None, real_text: bool):
         self.name, self.seeds, self.real_text = name, seeds or [0], real_text
 
@@ -178,7 +180,7 @@ from tests.runner import tiny_stages
 def stages_for(profile, chapter):
     return [tiny_stages.stage("number", value=1)]
 sys.modules["influence_kit.findings.discovery"] = types.SimpleNamespace(chapter_names=lambda: ["01"], CHECKS=[], stages_for=stages_for)
-sys.modules["influence_kit.findings.profiles"] = types.SimpleNamespace(load_profile=lambda name, seeds, real_text: None)
+sys.modules["influence_kit.findings.profiles"] = types.SimpleNamespace(load_profile=lambda name, seeds, real_text: types.SimpleNamespace(chapters=()))
 from influence_kit.cli import main
 if __name__ == "__main__":
     code = main(["stages", "--jobs", "1"])
@@ -323,7 +325,7 @@ sys.path.insert(0, {str(REPOSITORY)!r})
 from tests.runner import tiny_stages
 only = {{"chapter_names": lambda: ["01"], "CHECKS": [], "stages_for": lambda profile, chapter: [tiny_stages.stage("slow")]}}
 sys.modules["influence_kit.findings.discovery"] = types.SimpleNamespace(**only)
-sys.modules["influence_kit.findings.profiles"] = types.SimpleNamespace(load_profile=lambda name, seeds, real_text: None)
+sys.modules["influence_kit.findings.profiles"] = types.SimpleNamespace(load_profile=lambda name, seeds, real_text: types.SimpleNamespace(chapters=()))
 from influence_kit.cli import main
 if __name__ == "__main__":
     sys.exit(main(["stages"]))

@@ -286,6 +286,7 @@ class Profile(_Strict):
     seeds: Several[Annotated[int, Field(ge=0, le=LARGEST_SEED)]] = Field(min_length=1)
     minutes: float = Field(gt=0)
     memory_gb: float = Field(gt=0)
+    chapters: Several[str] = Field((), description="Numbers of those that it is for; all where none is named.")
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
     atlas: PlantedGrid
     ladder: PlantedGrid | None = None

@@ -95,7 +95,9 @@ def _scan(stage: Stage) -> Cost:
     maps = 8 * depth * width**2
     each = 4 * length * (weights + embeddings) + 4 * depth * length * 21 * width**2  # a pass, and tokens rotated
     seconds = 3 + (scanned * (each + 2 * QUERIES * maps) + 2 * fitted * each) / rate(stage)
-    memory = BASE + 4 * maps * (QUERIES * 3 + 40) + 12 * 32 * length * vocabulary
+    memory = (
+        BASE + 4 * maps * 40 + min(12 * maps * QUERIES, 6_000_000_000) + 12 * 32 * length * vocabulary
+    )  # the rest is in files
     return Cost(seconds, memory, 4 * (QUERIES * scanned + maps + depth * 34 * width**2) + 8 * fitted * length)
 
 

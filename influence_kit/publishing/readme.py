@@ -30,6 +30,8 @@ WHAT = {
 def verdicts(folder: Path) -> str:
     """A row a finding: the paper, here, retraining; below it checks, other seeds, since when rules are fixed, how figures compare."""
     claims = [claim for made in claims_of(folder).values() for claim in made]
+    if not any(claim.tier == "primary" for claim in claims):
+        return f"The run in figures/{folder.name} is older than the claims as they stand now; `./run_all.sh` makes one that judges them.\n"
     content = read_object(folder / "verdicts.json")
     states = Counter(figure["status"] for figure in content["figures"])
     told = ", ".join(f"{count} {status}" for status, count in sorted(states.items()))
