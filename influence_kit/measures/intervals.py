@@ -104,6 +104,8 @@ class Estimate:
                 spec = f".{min(6, max(1, 1 + math.floor(math.log10(largest)) - math.floor(math.log10(width))))}e"
             else:
                 spec = f".{max(0, 1 - math.floor(math.log10(width)))}f"
+        if math.isfinite(self.value) and math.isnan(self.low) and math.isnan(self.high):
+            return f"{_number(self.value, spec)} [–]"  # one seed alone gives no interval
         return f"{_number(self.value, spec)} [{_number(self.low, spec)}, {_number(self.high, spec)}]"
 
     def __str__(self) -> str:

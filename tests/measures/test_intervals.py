@@ -42,6 +42,7 @@ def nested(rng, seeds: int, units: int, between: float) -> tuple[np.ndarray, np.
         ((1.0, 1.0, 1.0), "1 [1, 1]"),
         ((123456.0, 123000.0, 124000.0), "1.235e+05 [1.230e+05, 1.240e+05]"),
         ((float("nan"), float("nan"), float("nan")), "nan [nan, nan]"),
+        ((1.85, float("nan"), float("nan")), "1.85 [–]"),
     ],
 )
 def test_printing(numbers, text):
