@@ -5,7 +5,7 @@ Is the text itself what its continuation leans on most, and how well are texts c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from influence_kit.findings.families import END, Planned, planted_grid, text_gri
 from influence_kit.findings.profiles import Profile
 from influence_kit.findings.trained import Scanned, Trained, changed_answers, paired, read_scan
 from influence_kit.measures.checkpoints import READ
-from influence_kit.measures.intervals import Estimate, gaps, pick, slope_of
+from influence_kit.measures.intervals import Estimate, estimate_of, gaps, pick, slope_of
 from influence_kit.measures.lexical import bm25
 from influence_kit.measures.lifts import mass_share
 
@@ -310,6 +310,19 @@ def tenfold(trained: pandas.DataFrame, untrained: pandas.DataFrame) -> Estimate:
     """Nats of memory for ten times as many copies, beyond those of untrained models; both of `canaries_of`."""
     both = trained.merge(untrained, on=["seed", "query", "repetitions"], suffixes=("", "_before"), validate="1:1")
     return slope_of(both.assign(learned=both["gain"] - both["gain_before"]), "learned", x="repetitions")
+
+
+def by_repetitions(
+    series: Mapping[str, pandas.DataFrame], column: str, by: str, bounds: tuple[float, float] | None = None
+) -> pandas.DataFrame:
+    """Estimates of a column by copies in the corpus, a row each: of every series, whose name stands in column `by`."""
+    import pandas
+
+    return pandas.DataFrame(
+        estimate_of(pick(part, repetitions=times), column, bounds=bounds).row(repetitions=times, **{by: name})
+        for name, part in series.items()
+        for times in sorted(part["repetitions"].unique())
+    )
 
 
 def lost(base: Sequence[Trained], again: Sequence[Trained]) -> pandas.DataFrame:

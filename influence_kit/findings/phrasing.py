@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from influence_kit.measures.intervals import Estimate
+
 if TYPE_CHECKING:
     from IPython.display import Markdown
 
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 
 def interval(claim: Claim, spec: str = ".2f") -> str:
     """What was measured: `0.38 [0.30, 0.45]`."""
-    return f"{claim.measured:{spec}} [{claim.interval[0]:{spec}}, {claim.interval[1]:{spec}}]"
+    return format(Estimate(claim.measured, *claim.interval, n=len(claim.seeds)), spec)
 
 
 def verdict(claim: Claim) -> str:
@@ -50,8 +52,8 @@ def refereed(claim: Claim) -> str:
     if (by := claim.referee) is None:
         return ""
     word = {"undecided": "leaves it undecided"}.get(by.agreement, by.agreement)
-    low, high = by.interval
-    return f"{by.method[0].upper()}{by.method[1:]} {word}: {by.measured:.2g} [{low:.2g}, {high:.2g}] {by.unit}."
+    measured = Estimate(by.measured, *by.interval, n=0)
+    return f"{by.method[0].upper()}{by.method[1:]} {word}: {measured:.2g} {by.unit}."
 
 
 def slug(name: str) -> str:

@@ -232,7 +232,7 @@ def judge(rule: Rule, estimate: Estimate, gates: Sequence[Claim] = ()) -> tuple[
     above = -math.inf if rule.confirm_above is None else rule.confirm_above
     below = math.inf if rule.confirm_below is None else rule.confirm_below
     if closed := [gate for gate in gates if gate.status not in ("passed", "confirmed")]:
-        return unsettled, "; ".join(f"gate {gate.id} {gate.status}" for gate in closed)
+        return unsettled, "; ".join(f"check {gate.status}: {gate.claim}" for gate in closed)
     if math.isnan(estimate.value):
         return unsettled, "no number"
     if rule.tier != "check" and len(set(estimate.seeds)) < FEWEST_SEEDS:

@@ -14,10 +14,14 @@ from influence_kit.corpora.worlds import WORLDS
 from influence_kit.recipes import Recipe, how_many_together, steps_of, tuples
 from influence_kit.runner.stages import Cost, Stage
 
-FLOPS = {"cpu": 4e10, "cuda": 2e13}  # sustained by one core; half of what an H200 was seen to sustain in float32
+FLOPS = {
+    "cpu": 4e10,
+    "cuda": 2e13,
+}  # operations a second of one core, and of an H200: half of what it was seen to sustain
 STEP = 0.012  # seconds of overhead of one training step
 QUERIES = 110  # scored
 BASE = 600_000_000  # bytes of a process that has loaded torch
+DIRECTIONS = 6_000_000_000  # bytes of query directions and their workspace held at most; the rest lies in files
 
 
 def cost_of(stage: Stage) -> Cost:
@@ -95,9 +99,8 @@ def _scan(stage: Stage) -> Cost:
     maps = 8 * depth * width**2
     each = 4 * length * (weights + embeddings) + 4 * depth * length * 21 * width**2  # a pass, and tokens rotated
     seconds = 3 + (scanned * (each + 2 * QUERIES * maps) + 2 * fitted * each) / rate(stage)
-    memory = (
-        BASE + 4 * maps * 40 + min(12 * maps * QUERIES, 6_000_000_000) + 12 * 32 * length * vocabulary
-    )  # the rest is in files
+    directions = min(12 * maps * QUERIES, DIRECTIONS)
+    memory = BASE + 4 * maps * 40 + directions + 12 * 32 * length * vocabulary
     return Cost(seconds, memory, 4 * (QUERIES * scanned + maps + depth * 34 * width**2) + 8 * fitted * length)
 
 

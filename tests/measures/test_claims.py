@@ -64,7 +64,7 @@ def test_fewer_than_three_seeds_decide_checks_but_not_primary_claims():
 def test_a_closed_gate_leaves_a_claim_undecided():
     closed, opened = (judged(rule("gate", "check"), estimate(low, 3)) for low in (-1, 1))
     made = judged(rule(), estimate(2, 3), gates=[closed])
-    assert (made.status, made.reason) == ("undecided", "gate gate failed") and math.isnan(made.p)
+    assert (made.status, made.reason) == ("undecided", f"check failed: {closed.claim}") and math.isnan(made.p)
     assert judged(rule(), estimate(2, 3), gates=[opened]).status == "confirmed"
 
 

@@ -50,9 +50,10 @@ def test_a_line_says_what_a_referee_says():
 def test_why_it_is_undecided_stands_beside_the_number():
     closed = judged(rule("gate", "check"), DOWN)
     claims = [judged(rule(), UP, gates=[closed]), judged(rule("04-none"), over_seeds({}))]
-    lines, table = verdict_lines(claims, 140), verdict_table_markdown(claims)
-    assert "(gate gate failed) theme at 52B" in lines[0] and "(no number) theme at 52B" in lines[1]
-    assert "**undecided** 2.50 [2.25, 2.75] (gate gate failed) |" in table and "**undecided** (no number) |" in table
+    lines, table = verdict_lines(claims, 200), verdict_table_markdown(claims)
+    why = f"(check failed: {closed.claim})"
+    assert f"{why} theme at 52B" in lines[0] and "(no number) theme at 52B" in lines[1]
+    assert f"**undecided** 2.50 [2.25, 2.75] {why} |" in table and "**undecided** (no number) |" in table
 
 
 def test_holms_correction_names_what_it_does_not_leave():

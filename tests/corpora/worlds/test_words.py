@@ -10,14 +10,8 @@ import pytest
 from influence_kit.corpora.worlds import WORLDS, atlas, cast, ladder
 from influence_kit.corpora.worlds.words import LISTS, add, first, listed, skip
 from influence_kit.errors import UserError
+from tests.corpora.worlds.test_worlds import SMALL
 
-SMALL = {
-    "atlas": {"entities": 60, "values": 8, "documents": 3000, "canaries": 2, "anchor_share": 0.4, "queries": 10},
-    "cast": {"documents": 2000, "queries": 200},
-    "deep": {"documents": 36_000, "scored": 4, "atlas": {"anchor_share": 0.5}},
-    "ladder": {"documents": 2000},
-    "procedures": {"documents": 2000},
-}
 # Of seeds 0 and 11: ids and planted columns, as they were when words were made of random syllables.
 PLANTED = {
     "atlas": ("f57322908c617434", "03cf650ca8f6d536"),
