@@ -233,7 +233,7 @@ def of_card(read: pandas.DataFrame, runs: Sequence[Trained], query: int) -> str:
         share(read[(read["size"] == run.parameters) & (read["seed"] == run.seed)][MASS].to_numpy()[[query]])
         for run in (runs[0], runs[-1])
     )
-    against = "" if large > small else " **This query goes against the finding.**"
+    against = "" if large > small else " This query goes against the finding."
     return (
         f"The median query: meaning holds {small:.0%} of its top in the small model, {large:.0%} in the large.{against}"
     )
@@ -242,7 +242,7 @@ def of_card(read: pandas.DataFrame, runs: Sequence[Trained], query: int) -> str:
 def of_text_card(runs: Sequence[Trained], query: int) -> str:
     """What a card of real text shows, in a sentence: how closely influence follows shared words in two models."""
     small, large = (read_text(run, "raw")["overlap"][query] for run in runs)
-    against = "" if large < small else " **This query goes against the paper's picture.**"
+    against = "" if large < small else " This query goes against the paper's picture."
     return (
         "The median query of the real text. Influence follows shared words by "
         f"{small:.2f} (rank correlation) in the small model, {large:.2f} in the large.{against}"

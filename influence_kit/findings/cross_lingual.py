@@ -191,7 +191,7 @@ def median_text_query(rows: pandas.DataFrame, language: str = "en-us") -> int:
 def of_text_card(small: pandas.DataFrame, large: pandas.DataFrame, query: int) -> str:
     """What a card of real text shows, in a sentence: how high the query's translations stand in two models."""
     before, after = (rows[rows["query"] == query]["auc"].mean() for rows in (small, large))
-    against = "" if after > before else " **This query goes against the paper's picture.**"
+    against = "" if after > before else " This query goes against the paper's picture."
     return (
         "The median query of the largest model on real text, and what influences it most; foreign paragraphs have theirs in "
         f"English. Its translations stand above {before:.0%} of the others in the small model, above {after:.0%} in the large.{against}"

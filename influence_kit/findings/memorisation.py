@@ -352,7 +352,8 @@ def card(trained: Trained, query: int, title: str) -> CardView:
     planted, kinds = (world.sequences[name].take(scan.rows).to_pylist() for name in ("canary", "kind"))
     labels = {n: "a copy" if planted[n] == own else str(kinds[n]) for n in range(len(planted))}
     place = int(np.flatnonzero(scan.queries == query)[0])
-    return trained.card(place, k=4, fraction=READ, title=title, labels=labels, kind="canary", lowest=0)
+    caption = f"{planted.count(own)} of its {world.sequences['canary'].to_pylist().count(own)} copies are among the sequences scored here."
+    return trained.card(place, k=4, fraction=READ, title=title, labels=labels, kind="canary", lowest=0, caption=caption)
 
 
 def recitals_of(trained: Trained, fraction: float, form: str) -> tuple[pandas.DataFrame, pandas.DataFrame]:

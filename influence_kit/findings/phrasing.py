@@ -18,6 +18,11 @@ def interval(claim: Claim, spec: str = ".2f") -> str:
     return format(Estimate(claim.measured, *claim.interval, n=len(claim.seeds)), spec)
 
 
+def number_of_seeds(claim: Claim) -> str:
+    """How many seeds a claim rests on: `8 seeds`."""
+    return f"{len(claim.seeds)} seed{'s' * (len(claim.seeds) != 1)}"
+
+
 def verdict(claim: Claim) -> str:
     """What became of a claim, and why it is undecided if it is: `**undecided** (fewer than 3 seeds)`."""
     return f"**{claim.verdict}**" + (f" ({claim.reason})" if claim.reason else "")
@@ -43,7 +48,7 @@ def listed(claims: Iterable[Claim], spec: str = ".3f") -> Markdown:
 def answered(claim: Claim, yes: str, no: str) -> str:
     """What a verdict answers: `yes` where it is confirmed, `no` where it is refuted or finds nothing, else that it is open."""
     if claim.status == "undecided":
-        return f"Open ({claim.reason}): {claim.claim[0].lower()}{claim.claim[1:]}"
+        return f"Open ({claim.reason}): whether {claim.claim[0].lower()}{claim.claim[1:]}"
     return yes if claim.status == "confirmed" else no
 
 

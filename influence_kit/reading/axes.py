@@ -176,6 +176,16 @@ def label_axes(ax: Axes, xlabel: str, ylabel: str, *, log_x: bool = False, log_y
     ax.set(xlabel=textwrap.fill(xlabel, 80), ylabel=textwrap.fill(ylabel, 44))
 
 
+def log_ticks(ax: Axes) -> None:
+    """Plain numbers along a log axis of x: decades, and 2 and 5 times them where it has few."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = ax.get_xlim()
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
 def size_axis(ax: Axes, sizes) -> None:
     """Log axis ticked at the models themselves; a size too near the last label keeps its tick and loses its label."""
     from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator

@@ -26,6 +26,7 @@ from influence_kit.reading.axes import (
     each_seed,
     keys_of,
     label_axes,
+    log_ticks,
     legend_below,
     name_of,
     need,
@@ -149,12 +150,15 @@ def estimate_bars(
         orient="y",
     )  # fmt: skip
     for row in rows.to_dict("records"):
-        text = f"{number(row['estimate'])}  [{number(row['low'])}, {number(row['high'])}]"
+        text = "–" if math.isnan(row["estimate"]) else number(row["estimate"])
+        text += "" if math.isnan(row["low"]) else f"  [{number(row['low'])}, {number(row['high'])}]"
         ax.annotate(text, (1.02, row["_place"]), xycoords=("axes fraction", "data"), va="center", fontsize=8.5)
     for row in cut.to_dict("records"):
         ax.plot(row["low"], row["_place"], "<", color=colours[row["_series"]], markersize=4)
     draw_references(ax, references, upright=True)
     label_axes(ax, xlabel, "", log_x=log_x)
+    if log_x:
+        log_ticks(ax)
     ax.set(yticks=range(len(df)), yticklabels=df["label"], ylim=(len(df) - 0.4, -0.6))
     ax.grid(axis="y", visible=False)
     if hue or references:
