@@ -312,14 +312,13 @@ def tenfold(trained: pandas.DataFrame, untrained: pandas.DataFrame) -> Estimate:
     return slope_of(both.assign(learned=both["gain"] - both["gain_before"]), "learned", x="repetitions")
 
 
-def by_repetitions(
-    series: Mapping[str, pandas.DataFrame], column: str, by: str, bounds: tuple[float, float] | None = None
-) -> pandas.DataFrame:
-    """Estimates of a column by copies in the corpus, a row each: of every series, whose name stands in column `by`."""
+def by_repetitions(series: Mapping[str, pandas.DataFrame], column: str, by: str, **options) -> pandas.DataFrame:
+    """Estimates of a column by copies in the corpus, a row each: of every series, whose name stands in column `by`; `options` are
+    those of `estimate_of`."""
     import pandas
 
     return pandas.DataFrame(
-        estimate_of(pick(part, repetitions=times), column, bounds=bounds).row(repetitions=times, **{by: name})
+        estimate_of(pick(part, repetitions=times), column, **options).row(repetitions=times, **{by: name})
         for name, part in series.items()
         for times in sorted(part["repetitions"].unique())
     )
