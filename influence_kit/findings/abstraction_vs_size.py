@@ -179,12 +179,6 @@ def beyond_word(lost: pandas.DataFrame) -> pandas.DataFrame:
     return (effects["dropped_rule"] - effects["dropped_T0r"]).unstack("size")
 
 
-def documents_gone(again: Sequence[Trained]) -> float:
-    """How many documents were replaced in a corpus, the mean over seeds."""
-    gone = {run.seed: run.world.sequences["replaced"].to_numpy(zero_copy_only=False).sum() for run in again}
-    return float(np.mean(list(gone.values())))
-
-
 def overlap_ranks(world: World, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Rank correlation of influence with word overlap (summed IDF of shared tokens) among the sequences in each query's
     language, [Q]; real text, values [Q, N] for all queries of the world."""

@@ -64,24 +64,9 @@ def dialogue(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> 
     spoken.build(spoken.Dialogue(**tuples(parameters)), load_text(inputs["text"])).save(out)
 
 
-def without_translations(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
-    """Atlas: replace what the second language says of half of the facts that both languages state."""
-    removal.without_translations(World.load(inputs["world"]), parameters["seed"]).save(out)
-
-
 def without_copies(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
     """Atlas: replace the copies of half of the canaries."""
     removal.without_copies(World.load(inputs["world"]), parameters["seed"]).save(out)
-
-
-def without_procedure(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
-    """Procedures: replace texts of half of the procedures, but for those under half of the names."""
-    removal.without_procedure(World.load(inputs["world"]), parameters["seed"]).save(out)
-
-
-def without_names(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
-    """Procedures: replace texts with half of the names, but for those of half of the procedures."""
-    removal.without_names(World.load(inputs["world"]), parameters["seed"]).save(out)
 
 
 def train(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:

@@ -208,9 +208,9 @@ def _planted(grid: PlantedGrid, corpus: str, arm: str, seed: int) -> Stage:
     world = PLANTED[corpus](**grid.of_arm(arm, seed))
     label = f"{type(world).__name__} world, {arm}, seed {seed}"
     made = Stage("world", sys.modules[type(world).__module__].make, asdict(world), label=label)
-    if arm == "base" or not (without := grid.arms[arm].without):
+    if arm == "base" or not grid.arms[arm].without:
         return made
-    return Stage("world", getattr(common, f"without_{without}"), {"seed": seed}, {"world": made}, label=label)
+    return Stage("world", common.without_copies, {"seed": seed}, {"world": made}, label=label)
 
 
 def lines_stage(grid: DialogueGrid) -> Stage:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from influence_kit.measures.intervals import Estimate
 
 if TYPE_CHECKING:
-    from IPython.display import Markdown
-
     from influence_kit.measures.claims import Claim
 
 
@@ -33,18 +30,6 @@ def by_verdict(claim: Claim, confirmed: str, refuted: str, none: str, undecided:
     return {"confirmed": confirmed, "refuted": refuted, "undecided": undecided}.get(claim.status, none)
 
 
-def said(claim: Claim, spec: str = ".3f") -> str:
-    """A claim in one line: its verdict, its sentence, its number and unit."""
-    return f"{verdict(claim)}: {claim.claim} — {interval(claim, spec)} {claim.unit}".rstrip()
-
-
-def listed(claims: Iterable[Claim], spec: str = ".3f") -> Markdown:
-    """Claims as a list, a line each as in `said`."""
-    from IPython.display import Markdown
-
-    return Markdown("\n".join(f"- {said(claim, spec)}" for claim in claims))
-
-
 def answered(claim: Claim, yes: str, no: str) -> str:
     """What a verdict answers: `yes` where it is confirmed, `no` where it is refuted or finds nothing, else that it is open."""
     if claim.status == "undecided":
@@ -59,8 +44,3 @@ def refereed(claim: Claim) -> str:
     word = {"undecided": "leaves it undecided"}.get(by.agreement, by.agreement)
     measured = Estimate(by.measured, *by.interval, n=0)
     return f"{by.method[0].upper()}{by.method[1:]} {word}: {measured:.2g} {by.unit}."
-
-
-def slug(name: str) -> str:
-    """A name as part of a claim's id: "real text" gives "real-text"."""
-    return name.replace(" ", "-").replace("_", "-").lower()

@@ -55,8 +55,6 @@ PLANTED: dict[str, type] = {
     "little_atlas": Atlas,
 }
 REAL_TEXT = ("text", "little_text", "dialogue")  # sections that read what has to be downloaded
-# What an arm's `without` can take away, and from which world: functions of `common`.
-REMOVALS: dict[str, type] = {"translations": Atlas, "copies": Atlas, "procedure": Procedures, "names": Procedures}
 LARGEST_SEED = 2**32 - 1  # that every generator of random numbers takes
 
 LARGEST = 10**12  # of any count: no machine gets there, and everything that counts can hold it
@@ -187,11 +185,11 @@ class ScanSettings(_Strict):
 class Arm(_Strict):
     """A variation of a world, and which widths of the family are trained on it (all by default).
 
-    without: one of REMOVALS trains on the world as it stands, with some of it replaced in place.
+    without: `copies` trains on Atlas as it stands, with the copies of half of its canaries replaced in place.
     """
 
     world: dict[str, Any] = {}
-    without: Literal["", *REMOVALS] = ""  # type: ignore[valid-type]
+    without: Literal["", "copies"] = ""
     widths: Several[int] | None = Field(None, min_length=1)
 
 
@@ -312,9 +310,9 @@ class Profile(_Strict):
             world = PLANTED[str(about.field_name)]
             grid.check_worlds(world)
             for name, arm in grid.arms.items():
-                if arm.without and REMOVALS[arm.without] is not world:
+                if arm.without and world is not Atlas:
                     raise ValueError(
-                        f"arms: {name} removes {arm.without}, which {REMOVALS[arm.without].__name__} has and {world.__name__} has not"
+                        f"arms: {name} removes {arm.without}, which Atlas has and {world.__name__} has not"
                     )
         return grid
 

@@ -21,12 +21,6 @@ def nearest(fraction: float, fractions: Iterable[float]) -> float:
     return min(fractions, key=lambda at: abs(at - fraction))
 
 
-def snapped(answers: pandas.DataFrame, fractions: Iterable[float]) -> pandas.DataFrame:
-    """The answers of trained checkpoints, each at the one of `fractions` that is nearest to its own."""
-    trained = answers[answers["fraction"] > 0]
-    return trained.assign(fraction=trained["fraction"].map(lambda fraction: nearest(fraction, fractions)))
-
-
 def half_nat(answers: pandas.DataFrame, fractions: Iterable[float], nats: float = 0.5) -> float:
     """The fraction of training, one of those given, at which the mean loss of the queries in `answers` is nearest
     `nats`.

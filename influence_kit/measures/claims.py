@@ -363,12 +363,6 @@ def row_of(claim: Claim) -> dict:
     return {**asdict(claim), "sentence": claim.sentence}
 
 
-def read_verdicts(path: Path | str) -> tuple[list[Claim], list[dict]]:
-    """Claims and figures of a file that `write_verdicts` wrote."""
-    content = json.loads(Path(path).read_text(encoding="utf-8"))
-    return [claim_of(row) for row in content["claims"]], content["figures"]
-
-
 def claim_of(row: dict) -> Claim:
     """A claim from its row of JSON; null numbers come back as nan.
 

@@ -414,17 +414,6 @@ def difference_in_differences(rows, column: str = "change", **options) -> Estima
     return difference_of(rows[rows["treated"]], rows[~rows["treated"]], column, **options)
 
 
-def rank_correlation_of(rows, columns: Sequence[str]) -> Estimate:
-    """Spearman's correlation of two columns of a table within each of its seeds, with Student's t over the seeds."""
-
-    def correlation(sample: np.ndarray) -> float:
-        import pandas
-
-        return pandas.DataFrame(sample).corr("spearman").iloc[0, 1]
-
-    return estimate_of(rows, list(columns), correlation, bounds=(-1, 1))
-
-
 def gaps(rows, by: Sequence[str], column: str = "change"):
     """Mean of the rows that are `treated` less that of the others, for each value of some columns: a Series."""
     means = rows.groupby([*by, "treated"])[column].mean().unstack("treated")

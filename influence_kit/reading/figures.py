@@ -4,8 +4,8 @@ Columns low and high hold 95 % intervals. `title` is the finding's question or w
 the value of each seed in the same columns as the table, shown as small dots behind the means. Each function raises
 UserError where its table lacks a column or has no rows.
 
-Series with intervals are drawn with seaborn's objects interface, the matrix with its heat map. The panels of a tail are
-matplotlib's own: each holds a fit, its band and its own limits, which no mapping of columns to marks says shorter.
+Series with intervals are drawn with seaborn's objects interface. The panels of a tail are matplotlib's own: each holds
+a fit, its band and its own limits, which no mapping of columns to marks says shorter.
 """
 
 from __future__ import annotations
@@ -273,44 +273,6 @@ def coverage_curve(df: pandas.DataFrame, nulls: pandas.DataFrame | None = None, 
     ax.axvline(1, color=look.FAINT, linewidth=0.8)
     ax.annotate(" top 1 %", (1, 0.96), xycoords=("data", "axes fraction"), fontsize=8.5, color=look.FAINT)
     legend_below(fig, ax)
-    return fig
-
-
-@styled
-def language_matrix(df: pandas.DataFrame, *, unit: str, neutral: float, title: str = "") -> Figure:
-    """Heat map, language of the query by language of the sequence, the number and its interval in each cell.
-
-    Args:
-        df: query_language, sequence_language, value; low, high.
-        unit: What a value is.
-        neutral: The value without effect: the scale is symmetric about it, blue below, vermillion above.
-        title: The finding's question.
-    """
-    import seaborn
-    from matplotlib.colors import LinearSegmentedColormap
-
-    need(df, "query_language", "sequence_language", "value")
-    ends = ["low", "high"] if {"low", "high"} <= set(df.columns) else []
-    queries, sequences = keys_of(df, "query_language"), keys_of(df, "sequence_language")
-    cells = df.set_index(["query_language", "sequence_language"])
-    grids = {c: cells[c].unstack().reindex(index=queries, columns=sequences) for c in ["value", *ends]}
-    words = grids["value"].map(number)
-    if ends:
-        interval = (
-            "\n[" + grids["low"].map(lambda v: number(v, 2)) + ", " + grids["high"].map(lambda v: number(v, 2)) + "]"
-        )
-        words = words + interval
-    reach = (grids["value"] - neutral).abs().max().max() or 1.0
-    fig, ((ax,),) = blank(height=1.2 + 0.55 * len(queries), title=title)
-    # The two colours of the sign at alpha .6, so that black numbers stay legible.
-    colours = LinearSegmentedColormap.from_list("matrix", ["#66aad1", "#ffffff", "#e69e66"])
-    seaborn.heatmap(
-        grids["value"], ax=ax, annot=words, fmt="", annot_kws={"fontsize": 8.2, "color": look.INK}, cmap=colours,
-        vmin=neutral - reach, vmax=neutral + reach, linewidths=1.5, cbar_kws={"label": unit, "format": "%.2g"},
-    )  # fmt: skip
-    ax.set(xlabel="language of the training sequence", ylabel="language of the query")
-    ax.tick_params(length=0, rotation=0)
-    ax.grid(visible=False)
     return fig
 
 

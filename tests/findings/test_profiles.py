@@ -295,13 +295,8 @@ def test_referees_know_how_the_model_was_trained_and_one_of_them_reads_a_scan():
     [
         (
             "ladder",
-            {"arms": {"less": {"without": "translations"}}},
-            "less removes translations, which Atlas has and Ladder has not",
-        ),
-        (
-            "atlas",
-            {"arms": {"less": {"without": "names"}}},
-            "less removes names, which Procedures has and Atlas has not",
+            {"arms": {"less": {"without": "copies"}}},
+            "less removes copies, which Atlas has and Ladder has not",
         ),
         ("atlas", {"arms": {"less": {"without": "words"}}}, "without"),
         ("little_atlas", {"family": {"sizes": [{"width": 16, "architecture": "rwkv"}]}}, "architecture='rwkv' must be"),
