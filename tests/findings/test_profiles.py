@@ -326,7 +326,7 @@ def test_chapter_02_finds_its_rivals_in_every_profile(name):
         assert {kind for kind, _ in one.extra} == {"rivals", "bank"}
 
 
-@pytest.mark.parametrize("name", profile_names())
+@pytest.mark.parametrize("name", WHOLE)
 def test_every_profile_trains_again_what_chapter_08_asks(name):
     profile = load_profile(name)
     widths = {one.size.width for one in grid.planted_grid(profile, "atlas", ("without_copies",), ())}
