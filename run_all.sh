@@ -4,9 +4,10 @@ set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-./run_all.sh [run] [--profile smoke|laptop|gpu|hub] [--only CHAPTER…] [--seeds SEED…] [--plan] [--force STAGE|all]
+./run_all.sh [run] [--profile smoke|laptop|real|gpu|hub] [--only CHAPTER…] [--seeds SEED…] [--plan] [--force STAGE|all]
              [--jobs N] [--without-real-text] [--update-expected] [-p NAME=VALUE] [--verify]
-    Train, fit, score, execute the chapters, write the figures and print the verdicts (profile: laptop).
+    Train, fit, score, execute the chapters, write the figures and print the verdicts. Without --profile: laptop, or the
+    profile that is for the chapters of --only where laptop is not (12: real).
     What ships writes figures/<profile>/; other seeds, parameters or profiles write figures/runs/<name>/.
 ./run_all.sh stages [the same, without -p]   the stages alone, without notebooks
 ./run_all.sh lab [CHAPTER] [jupyter's own]   JupyterLab on the notebooks, with this environment and cache

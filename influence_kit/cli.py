@@ -30,7 +30,12 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Influence functions for language models: train, fit, score, and execute every chapter.",
 )
-Profile = Annotated[str, typer.Option(help="smoke, laptop, gpu, hub, or the path of a YAML file.")]
+Profile = Annotated[
+    str,
+    typer.Option(
+        help="smoke, laptop, real, gpu, hub or a YAML file's path; by default laptop, for 12 real.", show_default=False
+    ),
+]
 Only = Annotated[list[str], typer.Option(metavar="CHAPTER…", help="These chapters: 03, or 03_heavy_tails.")]
 Seeds = Annotated[
     list[str], typer.Option(metavar="SEED…", help="These seeds instead of the profile's: 0,1,2 or 21-28.")
@@ -97,6 +102,33 @@ def _load(name: str, seeds: list[int] | None, without_real_text: bool):
     return load_profile(name, seeds=seeds, real_text=not without_real_text)
 
 
+def _profile_of(chapters: Sequence[str]) -> str:
+    """What runs where no profile is named: laptop, or where it has not what these chapters read the profile that names them."""
+    if not chapters:
+        return "laptop"
+    from influence_kit.findings.discovery import chapter_names, chapters_for
+    from influence_kit.findings.profiles import load_profile, profile_names
+
+    for name in [] if set(chapters) <= set(chapters_for(load_profile("laptop"))) else profile_names():
+        named = load_profile(name).chapters
+        if named and set(chapters) <= set(select(named, chapter_names())):
+            return name
+    return "laptop"
+
+
+def _chosen(settings, only: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The chapters that a profile is for, and those of them that --only names. Raises UserError for one that it is not for."""
+    from influence_kit.findings.discovery import chapter_names, chapters_for
+
+    every = [name for name in select(settings.chapters, chapter_names()) if name in chapters_for(settings)]
+    chapters = select(only, chapter_names()) if only else every
+    if others := [name for name in chapters if name not in every]:
+        raise UserError(
+            f"profile {settings.name!r} is not for {', '.join(others)}, but for {', '.join(every)}: leave --profile out, or choose another"
+        )
+    return every, chapters
+
+
 def _check_force(names: Sequence[str], stages: Iterable, chapters: Sequence[str]) -> set[str]:
     """What --force names, chapters by their full name. Raises UserError for what no stage is."""
     stages, kinds = list(stages), {"all"}
@@ -117,7 +149,7 @@ def _check_force(names: Sequence[str], stages: Iterable, chapters: Sequence[str]
 
 @app.command()
 def run(
-    profile: Profile = "laptop",
+    profile: Profile = "",
     only: Only = [],  # noqa: B006  (typer reads it, nothing writes it)
     seeds: Seeds = [],  # noqa: B006
     plan: ShowPlan = False,
@@ -143,11 +175,11 @@ def run(
     from influence_kit.publishing.results import closing_screen, publish
     from influence_kit.publishing.runs import Run
 
-    numbers = _seeds(split(seeds))
+    numbers, words = _seeds(split(seeds)), split(only)
+    profile = profile or _profile_of(select(words, chapter_names()) if words else [])
     settings = _load(profile, numbers, without_real_text)
     changed = changed_from(profile, numbers, not without_real_text)
-    every = select(settings.chapters, chapter_names())
-    chapters = select(split(only), every)
+    every, chapters = _chosen(settings, words)
     root = notebooks.notebooks_folder().parent
     always = {"profile": profile} | ({"seeds": changed["seeds"]} if "seeds" in changed else {})
     paths = [root / "notebooks" / f"{chapter}.ipynb" for chapter in chapters]
@@ -159,7 +191,11 @@ def run(
     content = settings.model_dump(mode="json")
     executions = [
         notebooks.chapter_stage(
-            path, chosen[path.stem], content, stages_for(settings, path.stem), changed | knobs[path.stem]
+            path,
+            chosen[path.stem],
+            content,
+            stages_for(settings, path.stem, knobs[path.stem]),
+            changed | knobs[path.stem],
         )
         for path in paths
     ]
@@ -187,7 +223,7 @@ def run(
 
 @app.command()
 def stages(
-    profile: Profile = "laptop",
+    profile: Profile = "",
     only: Only = [],  # noqa: B006
     seeds: Seeds = [],  # noqa: B006
     plan: ShowPlan = False,
@@ -199,9 +235,10 @@ def stages(
     """Make the stages alone, without notebooks: for a machine whose cache folder is carried back afterwards."""
     from influence_kit.findings.discovery import CHECKS, chapter_names, stages_for
 
+    words = split(only)
+    profile = profile or _profile_of(select(words, chapter_names()) if words else [])
     settings = _load(profile, _seeds(split(seeds)), without_real_text)
-    every = select(settings.chapters, chapter_names())
-    chapters = select(split(only), every)
+    _, chapters = _chosen(settings, words)
     wanted = [stage for chapter in chapters for stage in stages_for(settings, chapter)]
     made = _make(wanted, plan, split(force), chapter_names(), jobs, verify, CHECKS)
     if made is not None:

@@ -46,7 +46,11 @@ def changed_from(name: str, seeds: list[int] | None = None, real_text: bool = Tr
     return changed if real_text else changed | {"real_text": False}
 
 
-def stages_for(profile: TinyProfile, chapter: str) -> list:
+def chapters_for(profile: TinyProfile) -> list[str]:
+    return CHAPTERS
+
+
+def stages_for(profile: TinyProfile, chapter: str, given: dict | None = None) -> list:
     shared = [stage("number", f"model {seed}", value=seed, cost=Cost(2)) for seed in profile.seeds]
     real = [stage("surroundings", "real text")] if profile.real_text and chapter == "02_more" else []
     return [*shared, stage("total", f"sum {chapter}", dict(enumerate_names(shared)), of=chapter), *real]
@@ -63,9 +67,11 @@ def no_check(todo) -> None:
 @pytest.fixture
 def kit(tmp_path, monkeypatch):
     """Two tiny chapters with tiny stages in place of the package's own, in a checkout of their own."""
-    chapters = types.SimpleNamespace(chapter_names=lambda: CHAPTERS, CHECKS=[no_check], stages_for=stages_for)
+    offered = {"chapter_names": lambda: CHAPTERS, "chapters_for": chapters_for, "stages_for": stages_for}
+    chapters = types.SimpleNamespace(CHECKS=[no_check], **offered)
     monkeypatch.setitem(sys.modules, "influence_kit.findings.discovery", chapters)
-    profiles = types.SimpleNamespace(load_profile=load_profile, changed_from=changed_from)
+    asked = {"load_profile": load_profile, "changed_from": changed_from, "profile_names": lambda: ["laptop", "smoke"]}
+    profiles = types.SimpleNamespace(**asked)
     monkeypatch.setitem(sys.modules, "influence_kit.findings.profiles", profiles)
     folder = tmp_path / "checkout" / "notebooks"
     folder.mkdir(parents=True)
@@ -118,6 +124,33 @@ def test_chapters_are_found_by_number_or_name():
         UserError, match="unknown chapter '3'; there are 00_start_here, 03_heavy_tails, 05_cross_lingual"
     ):
         select(["3"], chapters)
+
+
+def test_without_a_profile_it_is_laptop_or_the_one_that_names_a_chapter_which_laptop_has_not(kit, capfd, monkeypatch):
+    names = {"laptop": (), "other": ("01",), "real": ("03_apart",), "smoke": ()}
+
+    def load(name: str, seeds: list[int] | None = None, real_text: bool = True) -> TinyProfile:
+        made = TinyProfile(name, seeds, real_text)
+        made.chapters = names[name]
+        return made
+
+    both = [*CHAPTERS, "03_apart"]
+    discovery, profiles = (sys.modules[f"influence_kit.findings.{name}"] for name in ("discovery", "profiles"))
+    monkeypatch.setattr(discovery, "chapter_names", lambda: both)
+    monkeypatch.setattr(discovery, "chapters_for", lambda profile: CHAPTERS if profile.name == "laptop" else both)
+    monkeypatch.setattr(profiles, "load_profile", load)
+    monkeypatch.setattr(profiles, "profile_names", lambda: sorted(names))
+    write_notebook(kit / "notebooks", "03_apart", "import os")
+    for only, name in ([], "laptop"), (["01"], "laptop"), (["03"], "real"), (["01", "03"], "laptop"):
+        assert cli._profile_of(select(only, both) if only else []) == name
+    assert cli._chosen(load("laptop"), []) == (CHAPTERS, CHAPTERS)
+    assert cli._chosen(load("smoke"), []) == (both, both)
+    assert main(["run", "--only", "03", "--jobs", "1"]) == 0
+    assert (kit / "figures" / "real" / "notebooks" / "03_apart.ipynb").is_file()
+    capfd.readouterr()
+    assert main(["run", "--profile", "laptop", "--only", "03"]) == 2
+    told = "profile 'laptop' is not for 03_apart, but for 01_growth, 02_more: leave --profile out, or choose another"
+    assert capfd.readouterr().err.strip() == f"error: {told}"
 
 
 # --- what a user gets wrong ends in one line, exit code 2, before any work
@@ -177,9 +210,10 @@ def test_stages_alone_need_no_notebook_package(kit):
 import sys, types
 sys.path.insert(0, {str(REPOSITORY)!r})
 from tests.runner import tiny_stages
-def stages_for(profile, chapter):
+def stages_for(profile, chapter, given=None):
     return [tiny_stages.stage("number", value=1)]
-sys.modules["influence_kit.findings.discovery"] = types.SimpleNamespace(chapter_names=lambda: ["01"], CHECKS=[], stages_for=stages_for)
+only = {{"chapter_names": lambda: ["01"], "chapters_for": lambda profile: ["01"], "CHECKS": [], "stages_for": stages_for}}
+sys.modules["influence_kit.findings.discovery"] = types.SimpleNamespace(**only)
 sys.modules["influence_kit.findings.profiles"] = types.SimpleNamespace(load_profile=lambda name, seeds, real_text: types.SimpleNamespace(chapters=()))
 from influence_kit.cli import main
 if __name__ == "__main__":
@@ -323,7 +357,8 @@ def test_ctrl_c_ends_with_130_and_leaves_no_process(kit, tmp_path):
 import sys, types
 sys.path.insert(0, {str(REPOSITORY)!r})
 from tests.runner import tiny_stages
-only = {{"chapter_names": lambda: ["01"], "CHECKS": [], "stages_for": lambda profile, chapter: [tiny_stages.stage("slow")]}}
+only = {{"chapter_names": lambda: ["01"], "chapters_for": lambda profile: ["01"], "CHECKS": []}}
+only["stages_for"] = lambda profile, chapter, given=None: [tiny_stages.stage("slow")]
 sys.modules["influence_kit.findings.discovery"] = types.SimpleNamespace(**only)
 sys.modules["influence_kit.findings.profiles"] = types.SimpleNamespace(load_profile=lambda name, seeds, real_text: types.SimpleNamespace(chapters=()))
 from influence_kit.cli import main

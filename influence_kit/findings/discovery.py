@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -43,9 +44,22 @@ def finding(chapter: str) -> ModuleType:
         ) from error
 
 
-def stages_for(profile: Profile, chapter: str) -> list[Stage]:
-    """All stages a chapter reads, inputs before what is made of them, each once."""
-    unique = {stage.fingerprint: stage for planned in finding(chapter).reads(profile) for stage in planned.stages}
+def chapters_for(profile: Profile) -> list[str]:
+    """The chapters for which a profile has the section that they begin with: SECTION of their module, `atlas` by default."""
+    return [name for name in chapter_names() if getattr(profile, getattr(finding(name), "SECTION", "atlas"), None)]
+
+
+def stages_for(profile: Profile, chapter: str, given: Mapping[str, object] | None = None) -> list[Stage]:
+    """All stages a chapter reads, inputs before what is made of them, each once.
+
+    Args:
+        profile: That the run computes.
+        chapter: Its stem.
+        given: Parameters of its notebook; `reads` gets those that it takes by name, so that they may decide what is made.
+    """
+    reads = finding(chapter).reads
+    taken = {name: value for name, value in (given or {}).items() if name in inspect.signature(reads).parameters}
+    unique = {stage.fingerprint: stage for planned in reads(profile, **taken) for stage in planned.stages}
     return list(unique.values())
 
 

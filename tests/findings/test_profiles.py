@@ -1,5 +1,7 @@
 """Profiles: all that ship are valid, unknown keys and names are refused in one line; grids follow from them."""
 
+from types import SimpleNamespace
+
 import pytest
 import yaml
 
@@ -173,14 +175,15 @@ def test_other_seeds_make_other_stages_and_share_the_text():
 
 def test_without_real_text_nothing_reads_it():
     profile = load_profile("smoke", real_text=False)
-    for chapter in discovery.chapter_names():
+    for chapter in discovery.chapters_for(profile):
         assert not any(stage.kind == "text" for stage in discovery.stages_for(profile, chapter))
 
 
 def test_inputs_come_before_what_is_made_of_them():
-    for chapter in discovery.chapter_names():
+    profile = load_profile("laptop")
+    for chapter in discovery.chapters_for(profile):
         seen = set()
-        for stage in discovery.stages_for(load_profile("laptop"), chapter):
+        for stage in discovery.stages_for(profile, chapter):
             assert all(below.fingerprint in seen for below in stage.inputs.values())
             seen.add(stage.fingerprint)
 
@@ -211,6 +214,23 @@ def test_a_gpu_profile_without_a_gpu_is_refused_before_any_work():
         pytest.skip("needs a machine without a GPU")
     with pytest.raises(UserError, match="cuda and torch finds no GPU"):
         discovery.device_is_there(discovery.stages_for(load_profile("gpu"), "01_worlds_and_models"))
+
+
+def test_parameters_of_a_notebook_reach_the_stages_that_take_them(monkeypatch):
+    asked = []
+    module = SimpleNamespace(reads=lambda profile, model="": asked.append(model) or [])
+    monkeypatch.setattr(discovery, "finding", lambda chapter: module)
+    for given in ({"model": "harbour", "k": 5}, {}, None):
+        assert discovery.stages_for(load_profile("smoke"), "12_x", given) == []
+    assert asked == ["harbour", "", ""]
+
+
+def test_a_chapter_with_a_section_of_its_own_is_for_profiles_that_have_it(monkeypatch):
+    sections = {"12_x": {"SECTION": "dialogue"}, "13_y": {"SECTION": "nowhere"}}
+    monkeypatch.setattr(discovery, "chapter_names", lambda: ["00_w", "12_x", "13_y"])
+    monkeypatch.setattr(discovery, "finding", lambda chapter: SimpleNamespace(**sections.get(chapter, {})))
+    assert discovery.chapters_for(load_profile("smoke")) == ["00_w", "12_x"]
+    assert discovery.chapters_for(load_profile("smoke", real_text=False)) == ["00_w"]
 
 
 def test_every_chapter_has_a_notebook_and_every_notebook_a_grid():
