@@ -103,9 +103,10 @@ def test_environment_yml_installs_the_same():
     assert python.specifier.contains("3.11.0") and (ROOT / "constraints.txt").is_file()
 
 
-def test_profiles_claims_and_word_lists_are_package_data():
+def test_profiles_claims_sentences_and_word_lists_are_package_data():
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     assert data == {
+        "influence_kit.corpora.sentences": ["*.yaml"],
         "influence_kit.corpora.worlds": ["lists/*.yaml"],
         "influence_kit.findings": ["claims.yaml", "profiles/*.yaml"],
     }
