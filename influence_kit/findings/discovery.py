@@ -12,7 +12,7 @@ from types import ModuleType
 
 from influence_kit.errors import UserError
 from influence_kit.findings.profiles import Profile
-from influence_kit.runner.machine import repository
+from influence_kit.runner.machine import gpus, repository
 from influence_kit.runner.stages import Stage
 
 # Sources that are downloaded, and the files that do instead; `dialogue` takes a source and a folder as `text` does.
@@ -84,15 +84,12 @@ def text_is_in_reach(todo: Sequence[Stage]) -> None:
 
 
 def device_is_there(todo: Sequence[Stage]) -> None:
-    """Before any work: raise UserError when stages want a GPU and there is none."""
+    """Before any work: raise UserError when stages want a GPU that is not here."""
     wanted = {stage.parameters.get("device", "cpu") for stage in todo} - {"cpu"}
-    if not wanted:
-        return
-    import torch
-
-    if not torch.cuda.is_available():
+    if wanted and (missing := sorted(wanted - set(here := gpus()))):
         raise UserError(
-            f"this profile computes on {', '.join(sorted(wanted))} and torch finds no GPU: use --profile laptop"
+            f"this profile computes on {', '.join(missing)} and torch finds {', '.join(here[1:]) or 'no GPU'}: change its `device`, or use "
+            "--profile laptop"
         )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from influence_kit.corpora.world import World, batch_of
 from influence_kit.corpora.worlds.atlas import namesakes, supporters
+from influence_kit.errors import UserError
 from influence_kit.findings.families import Planned, planted_grid
 from influence_kit.findings.profiles import Profile
 from influence_kit.findings.trained import Scanned, Trained
@@ -28,10 +29,12 @@ if TYPE_CHECKING:
 OWN, OTHER, NAME = "same fact, query's language", "same fact, other language", "same name, other fact"
 
 
-def reads(profile: Profile) -> list[Planned]:
-    """The second smallest model of Atlas, of one seed."""
-    widths = [size.width for size in profile.atlas.family.sizes[:2]]
-    return planted_grid(profile, "atlas", seeds=profile.seeds[:1], widths=widths[-1:])
+def reads(profile: Profile, width: int = 0) -> list[Planned]:
+    """One model of Atlas, of one seed: that of a width, or the second smallest. Raises UserError for a width that none has."""
+    widths = [size.width for size in profile.atlas.family.sizes]
+    if width and width not in widths:
+        raise UserError(f"width={width} is not among the profile's models: choose one of {widths}, or 0")
+    return planted_grid(profile, "atlas", seeds=profile.seeds[:1], widths=[width or widths[:2][-1]])
 
 
 def tiers(world: World, scan: Scanned) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ from influence_kit.corpora.texts.dialogue import Dialogue
 from influence_kit.corpora.texts.parallel import ParallelText
 from influence_kit.corpora.worlds import WORLDS
 from influence_kit.recipes import Recipe, how_many_together, steps_of, tuples
+from influence_kit.runner.machine import gpus
 from influence_kit.runner.stages import Cost, Stage
 
 FLOPS = {
@@ -46,7 +47,7 @@ def rate(stage: Stage) -> float:
 def _measured(gpu: str) -> float:
     import torch
 
-    if not torch.cuda.is_available():
+    if gpu not in gpus():
         return FLOPS["cuda"]
     square = torch.randn(4096, 4096, device=gpu)
     square @ square

@@ -16,10 +16,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from reprlib import repr as short
 
 from influence_kit.errors import UserError, first_line
 from influence_kit.files import sha256, working_folder, write_whole
 from influence_kit.findings.fixed import fixed_claims
+from influence_kit.findings.profiles import LARGEST
 from influence_kit.runner.fingerprint import cells_digest
 from influence_kit.runner.machine import cache_root, repository
 from influence_kit.runner.stages import Progress, Stage
@@ -132,12 +134,31 @@ def _value(chapter: str, parameter: Mapping[str, str], text: str) -> object:
     value = _literal(text)
     for head in heads:
         if isinstance(value, TYPES[head]) and (head == "bool") == isinstance(value, bool):
+            _check_range(chapter, parameter, value)
             return float(value) if head == "float" and isinstance(value, int) else value
     if "str" in heads:
         return text
     raise UserError(
         f"parameter {parameter['name']} of {chapter} takes {declared} (default {parameter['default']}), not {text!r}"
     )
+
+
+def _check_range(chapter: str, parameter: Mapping[str, str], value: object) -> None:
+    """Raise UserError for a number that is not of its default's kind: a share (.01), a measure (2.0), a count (5), or a place, for which
+    0 or -1 stand for none."""
+    default = _literal(parameter["default"])
+    if not isinstance(value, int | float) or not isinstance(default, int | float) or isinstance(default, bool):
+        return
+    if isinstance(default, int):
+        least = min(default, 1)
+        sound, allowed = least <= value <= LARGEST, f"at least {least} and at most {LARGEST:g}"
+    else:
+        most = 1 if 0 < default < 1 else LARGEST
+        sound, allowed = 0 < value <= most, f"above 0 and at most {most:g}"
+    if not sound:
+        raise UserError(
+            f"parameter {parameter['name']} of {chapter} must be {allowed} (default {parameter['default']}), not {short(value)}"
+        )
 
 
 def chapter_stage(

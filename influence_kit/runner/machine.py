@@ -56,6 +56,14 @@ def cores() -> int:
     return max(1, available)
 
 
+def gpus() -> list[str]:
+    """Names of the GPUs that torch finds here, as a profile's `device` gives them: cuda (the first), cuda:0, cuda:1 …"""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return ["cuda", *(f"cuda:{place}" for place in range(count))] if count else []
+
+
 def total_memory() -> int:
     """Bytes of memory of the machine, or of the container where that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -12,6 +12,7 @@ from influence_kit.findings import families as grid
 from influence_kit.findings.is_ekfac_right import middle_width
 from influence_kit.findings.profiles import FOLDER, PLANTED, load_profile, profile_names
 from influence_kit.publishing.costs import cost_of, shape
+from influence_kit.runner import machine
 
 WHOLE = [name for name in profile_names() if not load_profile(name).chapters]  # for every chapter
 
@@ -214,6 +215,30 @@ def test_a_gpu_profile_without_a_gpu_is_refused_before_any_work():
         pytest.skip("needs a machine without a GPU")
     with pytest.raises(UserError, match="cuda and torch finds no GPU"):
         discovery.device_is_there(discovery.stages_for(load_profile("gpu"), "01_worlds_and_models"))
+
+
+@pytest.mark.parametrize("device, refused", [("cuda", False), ("cuda:1", False), ("cuda:2", True), ("cuda:01", True)])
+def test_a_gpu_that_is_not_among_those_here_is_refused_in_one_line(monkeypatch, device, refused):
+    monkeypatch.setattr(discovery, "gpus", lambda: ["cuda", "cuda:0", "cuda:1"])
+    stages = [SimpleNamespace(parameters={"device": device}), SimpleNamespace(parameters={})]
+    if refused:
+        with pytest.raises(
+            UserError, match=f"on {device} and torch finds cuda:0, cuda:1: change its `device`"
+        ) as error:
+            discovery.device_is_there(stages)
+        assert "\n" not in str(error.value)
+    else:
+        discovery.device_is_there(stages)
+
+
+def test_gpus_are_named_as_profiles_name_them(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert machine.gpus() == ["cuda", "cuda:0", "cuda:1"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine.gpus() == []
 
 
 def test_parameters_of_a_notebook_reach_the_stages_that_take_them(monkeypatch):

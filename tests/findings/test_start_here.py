@@ -9,7 +9,9 @@ from influence_kit import fit_ekfac, score
 from influence_kit.corpora.texts.own import own_world
 from influence_kit.corpora.world import batch_of
 from influence_kit.corpora.worlds.atlas import Atlas, build
-from influence_kit.findings.start_here import lifts, middling, places, score_own, wrong_answers
+from influence_kit.errors import UserError
+from influence_kit.findings.profiles import load_profile
+from influence_kit.findings.start_here import lifts, middling, places, reads, score_own, wrong_answers
 from influence_kit.models import load_pretrained
 from tests.corpora.texts.test_own import COMPLETION, PROMPT, TEXTS, save_model, save_tokenizer
 
@@ -25,6 +27,14 @@ def test_a_wrong_answer_is_another_answer_to_the_same_kind_of_question():
     for _, same in asks.groupby(["language", relation]):
         assert set(same["wrong"]) <= set(same["answer"])
         assert (same["wrong"] != same["answer"]).all() or same["answer"].nunique() == 1
+
+
+def test_another_width_is_made_beforehand_and_one_that_no_model_has_is_refused():
+    profile = load_profile("laptop")
+    small, large = (planned.size.width for width in (0, 128) for planned in reads(profile, width))
+    assert (small, large) == (32, 128)
+    with pytest.raises(UserError, match=r"width=17 is not among the profile's models: choose one of \[16, 32"):
+        reads(profile, 17)
 
 
 def test_lifts_are_left_out_where_a_query_is_not_usable():

@@ -218,6 +218,45 @@ def test_a_value_of_another_type_is_refused(chapters, name, text):
         chosen_parameters(chapters, {name: text}, {})
 
 
+@pytest.mark.parametrize(
+    ("declared", "text", "allowed"),
+    [
+        ("top: float = 0.01", "0", "above 0 and at most 1 "),
+        ("top: float = 0.01", "1.01", "above 0 and at most 1 "),
+        ("top: float = 0.01", "-0.01", "above 0 and at most 1 "),
+        ("scale = 2.0", "-3", "above 0 and at most 1e"),
+        ("k: int = 5", "0", "at least 1 and at most 1e"),
+        ("k: int = 5", "9" * 400, "at least 1 and at most 1e"),
+        ("width: int = 0", "-1", "at least 0 and at most 1e"),
+        ("query: int = -1", "-2", "at least -1 and at most 1e"),
+    ],
+)
+def test_a_number_beyond_what_its_default_is_one_of_is_refused(tmp_path, declared, text, allowed):
+    path = write_notebook(tmp_path, "01_growth")
+    path.write_text(path.read_text().replace("count: int = 3", declared))
+    name = declared.partition(":" if ":" in declared else " ")[0]
+    with pytest.raises(UserError, match=f"parameter {name} of 01_growth must be {allowed}.*, not ") as error:
+        chosen_parameters([path], {name: text}, {})
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("declared", "text", "value"),
+    [
+        ("top: float = 0.01", "1", 1.0),
+        ("k: int = 5", "1", 1),
+        ("width: int = 0", "64", 64),
+        ("query: int = -1", "0", 0),
+        ("scale = 2.0", "0.001", 0.001),
+    ],
+)
+def test_the_ends_of_a_range_belong_to_it(tmp_path, declared, text, value):
+    path = write_notebook(tmp_path, "01_growth")
+    path.write_text(path.read_text().replace("count: int = 3", declared))
+    name = declared.partition(":" if ":" in declared else " ")[0]
+    assert chosen_parameters([path], {name: text}, {})["01_growth"] == {name: value}
+
+
 def test_an_unknown_parameter_is_refused_with_the_known_ones(chapters):
     with pytest.raises(
         UserError, match="unknown parameter 'sede'; known are 01_growth: profile, seeds, scale, count, sizes, word; 02"
