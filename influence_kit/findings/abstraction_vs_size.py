@@ -20,6 +20,7 @@ from influence_kit.corpora.worlds.ladder import TIERS, tiers
 from influence_kit.errors import UserError
 from influence_kit.findings.families import Fraction, Planned, planted_grid, section, text_grid, trained_again
 from influence_kit.findings.profiles import Profile
+from influence_kit.findings.solved import chosen
 from influence_kit.findings.trained import Trained, changed_answers
 from influence_kit.measures.checkpoints import READ, nearest
 from influence_kit.measures.intervals import Estimate, estimate_of, gaps, over_seeds
@@ -39,6 +40,7 @@ def reads(profile: Profile) -> list[Planned]:
     """Ladder along training and where it is read, trained again without tiers, and real text."""
     grid = section(profile, "ladder", "04")
     found = planted_grid(profile, "ladder", fractions=(*grid.scan.fractions, READ))
+    found += planted_grid(profile, "ladder", fractions=(READ,), **chosen(profile, "ladder"))
     return found + trained_again(profile, "ladder", "04", *RETRAINED) + text_grid(profile)
 
 

@@ -19,6 +19,7 @@ from influence_kit.corpora.world import World, batch_of
 from influence_kit.corpora.worlds.atlas import Atlas, drawn
 from influence_kit.findings.families import END, Fraction, Planned, planted_grid, text_grid
 from influence_kit.findings.profiles import Profile
+from influence_kit.findings.solved import chosen
 from influence_kit.findings.trained import Trained
 from influence_kit.measures.checkpoints import READ, nearest
 from influence_kit.measures.intervals import Estimate, estimate_of, ratio_of_means
@@ -35,7 +36,8 @@ STRONGEST = 10
 
 def reads(profile: Profile) -> list[Planned]:
     """Atlas at the end and at equal loss, and real text."""
-    return planted_grid(profile, "atlas", fractions=(END, READ)) + text_grid(profile)
+    found = planted_grid(profile, "atlas", fractions=(END, READ)) + text_grid(profile)
+    return found + planted_grid(profile, "atlas", **chosen(profile, "atlas"))
 
 
 def per_odds(values: np.ndarray, log_p: np.ndarray) -> np.ndarray:

@@ -31,6 +31,7 @@ from influence_kit.corpora.worlds.cast import tiers
 from influence_kit.errors import UserError
 from influence_kit.findings.families import END, Planned, dialogue_grid, planted_grid
 from influence_kit.findings.profiles import Profile
+from influence_kit.findings.solved import chosen
 from influence_kit.findings.trained import Trained, paired
 from influence_kit.measures.checkpoints import READ
 from influence_kit.measures.intervals import Estimate, gaps, over_seeds, pick
@@ -67,7 +68,7 @@ RELATIONS = {
 OWN = {"imitation": ("persona", "demo_persona_action"), "planning only": ("planner", "planner_pair_action")}
 RIVALS = {"imitation": "planners", "planning only": "demonstrations"}  # what the other world's answers come from
 FAMILIES = {"base": "named", "unnamed": "unnamed"}  # of dialogue, by their arm
-FEW = 3  # seeds of what is exploratory and costs training
+FEW = 3  # seeds of what is no claim and costs training: documents removed, real dialogue
 
 
 def reads(profile: Profile) -> list[Planned]:
@@ -76,7 +77,8 @@ def reads(profile: Profile) -> list[Planned]:
     if profile.cast is None:
         return found
     worlds = planted_grid(profile, "cast", tuple(WORLDS), (READ,))
-    return worlds + planted_grid(profile, "cast", dropped_arms(profile), ()) + found
+    worlds += planted_grid(profile, "cast", tuple(WORLDS), (READ,), **chosen(profile, "cast"))
+    return worlds + planted_grid(profile, "cast", dropped_arms(profile), (), seeds=profile.seeds[:FEW]) + found
 
 
 def dropped_arms(profile: Profile) -> list[str]:

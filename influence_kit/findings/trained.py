@@ -73,6 +73,7 @@ class Trained:
     """One trained model of the grid and everything known of it; computed on first use, then read from the cache."""
 
     planned: families.Planned
+    stand_in: tuple[str, bool] | None = None  # see `by`
 
     def __getattr__(self, name: str):
         if name in ("corpus", "arm", "seed"):
@@ -136,6 +137,8 @@ class Trained:
             UserError: no query of this kind was scored.
         """
         found = read_scan(ensure(self.planned.influence[fraction]), self.world.sequences.num_rows)
+        if self.stand_in:
+            found = self._standing_in(found, fraction)
         wanted = (kind,) if kind else WORLDS[self.world.name].asks if self.world.name in WORLDS else ()  # type: ignore[attr-defined]
         if wanted and kind is not None:
             kinds = self.world.queries["kind"].to_numpy(zero_copy_only=False)[found.queries]
@@ -145,6 +148,22 @@ class Trained:
             scores = replace(whole, values=whole.values[chosen], query_norm=whole.query_norm[chosen])
             found = Scanned(scores, found.rows, found.queries[chosen])
         return found
+
+    def by(self, kind: str, own: bool = False) -> Trained:
+        """The same model, read by the scores that a stage of this kind wrote of some of its scan's queries (scores.safetensors with
+        values, rows and queries) in place of the scan's; `own`: by the scan's, of these queries."""
+        return replace(self, stand_in=(kind, own))
+
+    def _standing_in(self, scan: Scanned, fraction: families.Fraction) -> Scanned:
+        from safetensors.torch import load_file
+
+        kind, own = self.stand_in  # type: ignore[misc]
+        made = load_file(self.extra(kind, fraction) / "scores.safetensors")
+        queries = made["queries"].numpy()
+        places = np.flatnonzero(np.isin(scan.queries, queries))
+        values = scan.scores.values[places] if own else made["values"]
+        scores = replace(scan.scores, values=values, query_norm=scan.scores.query_norm[places])
+        return Scanned(scores, scan.rows, queries)
 
     def extra(self, kind: str, fraction: families.Fraction = 1.0) -> Path:
         """The folder that a stage of this kind wrote about the scan at a fraction; asked for by `extra=` when the models were."""
