@@ -16,9 +16,10 @@ from influence_kit.runner.machine import gpus
 from influence_kit.runner.stages import Cost, Stage
 
 FLOPS = {
-    "cpu": 4e10,
+    "cpu": 6e10,
     "cuda": 2e13,
-}  # operations a second of one core, and of an H200: half of what it was seen to sustain
+}  # operations a second of one core, as seen over a whole run; of an H200, half of what it was seen to sustain
+PRODUCT = 0.06  # seconds of a curvature product for one query on a thousand sequences
 STEP = 0.012  # seconds of overhead of one training step
 QUERIES = 110  # scored
 BASE = 600_000_000  # bytes of a process that has loaded torch
@@ -111,15 +112,17 @@ def _extra(stage: Stage) -> Cost:
         return Cost(10, BASE, 10_000_000)
     model = stage.inputs["model"]
     scan = _scan(stage.inputs["influence"]) if "influence" in stage.inputs else Cost(10, 2 * BASE, 10_000_000)
-    if not isinstance(stage.parameters.get("model"), dict):
-        return Cost(scan.seconds / 2, scan.memory_bytes, scan.disk_bytes)
-    own, (_, length, vocabulary) = stage.parameters, shape(stage.inputs["world"])
+    own = stage.parameters
+    if not isinstance(own.get("model"), dict):
+        solved = own["iterations"] * own["queries"] * len(own["asked"]) * PRODUCT if "asked" in own else 0
+        return Cost(scan.seconds / 2 + solved, scan.memory_bytes, scan.disk_bytes)
+    _, length, vocabulary = shape(stage.inputs["world"])
     changed = 1 + 2 * own["queries"] * len(own["counts"]) if "counts" in own else 0
     trainings = (own.get("subsets", 0) / 2 + changed) * own.get("repeats", 1)
     # seen: a tenth of the time a model, where that many fit together
     together = how_many_together(Recipe(**tuples(own["model"]["recipe"])), length, vocabulary)
     seconds = _model(model).seconds / min(10.0, (1 + together) / 2) * trainings
-    return Cost(seconds + own.get("responses", 0) + (0 if trainings else 200), scan.memory_bytes, scan.disk_bytes)
+    return Cost(seconds + own.get("responses", 0) + (0 if trainings else 60), scan.memory_bytes, scan.disk_bytes)
 
 
 def _weights(model: Stage, vocabulary: int) -> tuple[int, int]:
