@@ -184,7 +184,7 @@ def test_scripts_are_sound_and_executable(script):
 
 def test_help_needs_no_environment(tmp_path):
     shown = subprocess.run([ROOT / "run_all.sh", "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=10)
-    assert shown.returncode == 0 and "--profile smoke|laptop|gpu|hub" in shown.stdout
+    assert shown.returncode == 0 and "--profile smoke|laptop|real|gpu|hub" in shown.stdout
 
 
 @pytest.mark.slow

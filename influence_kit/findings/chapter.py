@@ -16,7 +16,7 @@ from influence_kit.runner.machine import repository
 from influence_kit.runner.stages import Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import pandas
     from matplotlib.figure import Figure
@@ -74,6 +74,10 @@ class Chapter:
     def _runs(self, trained: list[families.Planned]) -> list[Trained]:
         self._stages |= {stage.fingerprint: stage for one in trained for stage in one.stages}
         return [Trained(one) for one in trained]
+
+    def rests_on(self, stages: Iterable[Stage]) -> None:
+        """Name stages among those behind this chapter's figures, where it reads others than the profile's grids."""
+        self._stages |= {stage.fingerprint: stage for stage in stages}
 
     @property
     def provenance(self) -> dict:

@@ -54,7 +54,7 @@ PLANTED: dict[str, type] = {
     "procedures": Procedures,
     "little_atlas": Atlas,
 }
-REAL_TEXT = ("text", "little_text", "dialogue")  # sections that read what has to be downloaded
+REAL_TEXT = ("text", "little_text", "dialogue", "real")  # sections that read what has to be downloaded
 LARGEST_SEED = 2**32 - 1  # that every generator of random numbers takes
 
 LARGEST = 10**12  # of any count: no machine gets there, and everything that counts can hold it
@@ -276,6 +276,48 @@ class DialogueGrid(PlantedGrid):
         return self
 
 
+class Untrained(_Strict):
+    """What is done with random weights: sequences for the factors, and for the scan."""
+
+    fit: Count
+    sequences: Count
+
+
+class RealModel(_Strict):
+    """A language model from elsewhere, the texts that are scored for what it says, and how (chapter 12).
+
+    A size without `pretrained` is a model of random weights, for tests. Of each source `numbers` sequences of `shortest` to
+    `longest` tokens are taken, `translated` of each other language of the help; `aligned` paragraphs in every language. Factors are
+    fitted on `fit` sequences of `length` tokens; `rank` is that of directions of facts and paragraphs; `step` is added to every weight.
+    """
+
+    model: Size
+    name: str = ""  # in figures; by default what its file says
+    languages: Several[Word]
+    campaigns: Several[Word]
+    numbers: dict[Literal["help", "translated", "lines", "sayings", "jargon"], Count]
+    aligned: Annotated[int, Field(ge=3, le=LARGEST)]
+    shortest: Count
+    longest: Count
+    fit: Count
+    length: Annotated[int, Field(ge=8, le=LARGEST)]
+    layers: str = Field("mlp", min_length=1)
+    damping: float = Field(0.1, ge=0)
+    rank: Count
+    step: float = Field(gt=0, lt=1)
+    untrained: Untrained
+    draws: Count
+    shown: Count
+
+    @model_validator(mode="after")
+    def _of_the_help(self):
+        if "en-us" not in self.languages or len(set(self.languages)) < max(2, len(self.languages)):
+            raise ValueError(f"languages={list(self.languages)} must be different ones, en-us among them")
+        if missing := {"help", "translated", "lines", "sayings", "jargon"} - set(self.numbers):
+            raise ValueError(f"numbers lacks {', '.join(sorted(missing))}: give it")
+        return self
+
+
 class Profile(_Strict):
     """Everything that decides what a run computes. Its name is that of its file."""
 
@@ -295,6 +337,7 @@ class Profile(_Strict):
     text: TextGrid | None = None
     little_text: TextGrid | None = None
     dialogue: DialogueGrid | None = None
+    real: RealModel | None = None
 
     @field_validator("seeds")
     @classmethod
