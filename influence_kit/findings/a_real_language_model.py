@@ -307,7 +307,12 @@ def kept(rows: pandas.DataFrame, column: str = "influence") -> pandas.DataFrame:
 
 def over_facts(values, **options) -> Estimate:
     """A mean over facts, with its interval over facts."""
-    return bootstrap(np.asarray(values, float), np.zeros(len(values), int), **options)
+    # Not np.mean itself, with which values that are all 1 would be taken for hits.
+    return bootstrap(np.asarray(values, float), np.zeros(len(values), int), _mean, **options)
+
+
+def _mean(values: np.ndarray, axis: int = 0) -> np.ndarray:
+    return np.mean(values, axis)
 
 
 def left(rows: pandas.DataFrame) -> tuple[pandas.DataFrame, pandas.DataFrame]:
@@ -318,7 +323,7 @@ def left(rows: pandas.DataFrame) -> tuple[pandas.DataFrame, pandas.DataFrame]:
     parts = {"": rows[~rows["nonsense"]], ", nonsense": rows[rows["nonsense"]]}
     for group, words in SHOWN.items():
         for which, part in parts.items():
-            if which and group not in ("reworded", "flipped", "answer_only"):
+            if which and group != "flipped":
                 continue
             for quantity, column in (("influence", "influence"), ("one real step", "step")):
                 values, about = (
@@ -484,7 +489,7 @@ def coverage_table(run: Reading) -> pandas.DataFrame:
     from influence_kit.findings.heavy_tails import coverage
 
     compared, found = _compared(run), []
-    shares = np.geomspace(2 / compared["trained"].shape[1], 1, 24)
+    shares = np.geomspace(min(0.005, 2 / compared["trained"].shape[1]), 1, 24)
     for group, values in compared.items():
         kind = {"trained": "trained", "random weights": "untrained"}.get(group, "chance")
         held = coverage(values, shares)
@@ -538,17 +543,17 @@ def rounding(run: Reading, rows: pandas.DataFrame) -> tuple[pandas.DataFrame, fl
 # --- cards
 
 
-def prompt_card(run: Reading, query: int, k: int, special: bool = True) -> CardView:
-    """A prompt's card: the k sequences that raise what was said most and lower it most, those that raise it more than they raise what
-    is said to other prompts, and the best of what was planted for it."""
+def prompt_card(run: Reading, query: int, k: int) -> CardView:
+    """A prompt's card: the k real texts that raise what was said most and lower it most, those that raise it more than they raise what
+    is said to other prompts, and the best of what was planted for it; places are among all that is scored."""
     read = run.scan()
     place = int(np.flatnonzero(read.queries == query)[0])
     values, alone = read.values[place], apart(read.values)[place]
     about = run.sequences.loc[read.rows].reset_index(drop=True)
-    order = np.argsort(-values, kind="stable")
-    lists = {"": [*order[:k], *order[-k:]]}
-    if special:
-        lists["More than other prompts' answers"] = list(np.argsort(-alone, kind="stable")[:k])
+    real = np.flatnonzero(about["role"] == "pool")
+    order = real[np.argsort(-values[real], kind="stable")]
+    special = real[np.argsort(-alone[real], kind="stable")]
+    lists = {"": [*order[:k], *order[-k:]], "More than any other prompt's answer": list(special[:k])}
     theme = run.queries["theme"][query]
     for group, words in PLANTED.items() if theme else ():
         own = np.flatnonzero((about["name"] == theme) & (about["group"] == group))
@@ -617,6 +622,7 @@ def _card(run: Reading, query: int, read: Scan, values, lists: Mapping[str, list
         alignment="predicted",
         further=further,
         distinct=True,
+        what="Texts",
     )
 
 

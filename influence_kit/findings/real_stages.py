@@ -334,8 +334,8 @@ def steps(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> Non
     """What one real step of training on a fact's sentence does to its query: steps.parquet, a row a sentence.
 
     A step adds `step` times the sign of the gradient of the sentence's log-probability to every weight of the model. Columns: row
-    (position of the sentence), query (of its fact), delta and delta_half (nats, of the query's log-probability after a step and
-    after half of one), own (nats, the sentence's after the whole).
+    (position of the sentence), query (of its fact), delta (nats, of the query's log-probability), delta_half (after half a step, of
+    each fact's first sentence alone), own (nats, of the sentence's own).
     """
     import torch
 
@@ -347,22 +347,25 @@ def steps(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> Non
     place = {name: int(asked[i]) for i, name in enumerate(world.queries["name"].take(asked).to_pylist())}
     of = [place[name] for name in world.sequences["name"].take(rows).to_pylist()]
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    start, found = [weight.detach().clone() for weight in weights], []
+    start, found, halved = [weight.detach().clone() for weight in weights], [], set[int]()
     before = {query: float(log_p(model, batch_of(world.queries, [query])).detach()) for query in set(of)}
     for done, (row, query) in enumerate(zip(rows, of, strict=True), 1):
         sentence, question = batch_of(world.sequences, [row]), batch_of(world.queries, [query])
         said = log_p(model, sentence).sum()
         signs = [gradient.sign_() for gradient in torch.autograd.grad(said, weights, materialize_grads=True)]
-        measured = []
+        parts = (1.0,) if query in halved else (0.5, 0.5)
+        halved.add(query)
         with torch.no_grad():
-            for _ in range(2):
+            measured = []
+            for part in parts:
                 for weight, sign in zip(weights, signs, strict=True):
-                    weight.add_(sign, alpha=parameters["step"] / 2)
+                    weight.add_(sign, alpha=part * parameters["step"])
                 measured.append(float(log_p(model, question)) - before[query])
             own = float(log_p(model, sentence)) - float(said)
             for weight, value in zip(weights, start, strict=True):
                 weight.copy_(value)
-        found.append({"row": int(row), "query": query, "delta_half": measured[0], "delta": measured[1], "own": own})
+        half = measured[0] if len(parts) > 1 else None
+        found.append({"row": int(row), "query": query, "delta_half": half, "delta": measured[-1], "own": own})
         progress(done, len(rows), "steps")
     pq.write_table(pa.Table.from_pylist(found), out / "steps.parquet")
 
@@ -433,8 +436,8 @@ def round_again(model: nn.Module, layers: Iterable[str], generator) -> float:
 def maps(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
     """Token scores of what cards show: maps.parquet, a row a query and sequence, with token_scores [T].
 
-    Of every prompt the `k` highest and lowest sequences, the highest in relation to what they do to the other prompts (see `apart`),
-    and the best of each kind that was planted for it; of two facts all sentences; of `paragraphs` paragraphs the `k` highest and lowest.
+    Of every prompt the `k` highest and lowest real texts, the highest in relation to what they do to the other prompts (see `apart`),
+    and all that was planted for it; of two facts all sentences; of `paragraphs` paragraphs the `k` highest and lowest.
     """
     from influence_kit import models
     from influence_kit.engine.factors import Factors
@@ -467,13 +470,14 @@ def shown(parameters: dict, world: World, inputs: dict[str, Path]) -> dict[int, 
             for query in _middling(world, read):
                 wanted[query] = rows[names[rows] == asked[query]].tolist()
             continue
-        order = np.argsort(-values, 1, "stable")
-        special = np.argsort(-apart(values), 1, "stable")[:, : k if kind == "influence" else 0]
+        among = np.flatnonzero(world.sequences["role"].to_numpy(zero_copy_only=False)[rows] != "planted")
+        order = among[np.argsort(-values[:, among], 1, "stable")]
+        special = among[np.argsort(-apart(values)[:, among], 1, "stable")[:, : k if kind == "influence" else 0]]
         for place, query in enumerate(read["queries"][: None if kind == "influence" else parameters["paragraphs"]]):
             columns = [*order[place, : k + 1], *order[place, -k:], *special[place]]
             if kind == "influence":
                 planted = names[rows] == world.queries["theme"][int(query)].as_py()
-                columns += [column for column in order[place] if planted[column]]
+                columns += np.flatnonzero(planted).tolist()
             wanted[int(query)] = rows[list(dict.fromkeys(columns))].tolist()
     return wanted
 

@@ -131,10 +131,11 @@ def by_fact(rows: pandas.DataFrame) -> pandas.DataFrame:
 
 def on_steps(rows: pandas.DataFrame) -> str:
     """Whether a real step is small enough to be linear, in words."""
-    half, whole = rows["delta_half"].abs().sum(), rows["step"].abs().sum()
+    both = rows.dropna(subset="delta_half")
+    half, whole = both["delta_half"].abs().sum(), both["step"].abs().sum()
     linear = "small enough to be linear" if abs(half / whole - 0.5) < 0.1 else "too large to be linear"
     return (
-        f"A step changes what the facts cost by {whole / len(rows):.2g} nats on average, half a step by {half / whole:.2f} of that: it is "
+        f"A step changes what the facts cost by {rows['step'].abs().mean():.2g} nats on average, half a step by {half / whole:.2f} of that: it is "
         f"{linear}. The sentence itself gains {rows['own'].mean():.2g} nats."
     )
 
@@ -162,7 +163,7 @@ def on_languages(pairs: pandas.DataFrame) -> str:
         apart = (
             f", {over_facts(alone['auc'], bounds=(0, 1)):.2f} where they share no rare token" if len(alone) > 2 else ""
         )
-        crossed = part["crossed"].sum() / part["own"].sum()
+        crossed = round(part["crossed"].sum() / part["own"].sum(), 2) + 0.0
         told.append(
             f"**{LANGUAGES.get(code, code)}**: {over_facts(part['auc'], bounds=(0, 1)):.2f}{apart}, {word} shared tokens say "
             f"({over_facts(part['overlap'], bounds=(0, 1)):.2f}); of what the ten strongest other English paragraphs do to the "

@@ -76,6 +76,7 @@ class Card:
         caption: A sentence on which query this is, and on where it differs from what the text says.
         alignment: Which token of a position is shaded, one of `ALIGNMENTS`.
         joiner: What stands between tokens.
+        what: What the sequences are, in a word or two.
     """
 
     title: str
@@ -88,12 +89,13 @@ class Card:
     caption: str = ""
     alignment: str = "updating"
     joiner: str = ""
+    what: str = "Training texts"
 
     @functools.cached_property
     def sections(self) -> list[tuple[str, list[tuple[Row, str, list[Span]]]]]:
         """(heading, [(row, what is known of it in one line, its tokens)])."""
         asked = "the bold part" if self.prompt else "this text"
-        heads = f"Training texts that make {asked} more likely", "Less likely"
+        heads = f"{self.what} that make {asked} more likely", "Less likely"
         lists = *zip(heads, (self.top, self.bottom)), *self.further
         return [
             (head, [(row, facts(row), spans(row, self.alignment, self.joiner)) for row in rows])

@@ -61,6 +61,7 @@ def query_card(
     distinct: bool = False,
     alignment: str = "updating",
     joiner: str = "",
+    what: str = "Training texts",
 ) -> CardView:
     """Card of a query's k highest rows and its lowest, no row twice.
 
@@ -77,6 +78,7 @@ def query_card(
         distinct: Of rows that say the same only the first is shown.
         alignment: Which token of a position is shaded, one of `ALIGNMENTS`.
         joiner: Put between tokens (" " for worlds of words).
+        what: What the sequences are, in a word or two.
 
     Raises:
         UserError: an unknown alignment, or no row has a score above or below 0.
@@ -101,7 +103,8 @@ def query_card(
         raise UserError(f"none of the card's {len(rows)} rows has a score above or below 0: pass rows that have one")
     others = tuple((head, shown(part, k)) for head, part in (further or {}).items())
     left, right = ("".join(t for t, _ in spans(Row(part, 0.0, 0), joiner=joiner)) for part in (prompt, completion))
-    return CardView((Card(title, left, joiner + right, top, bottom, others, gloss, caption, alignment, joiner),))
+    card = Card(title, left, joiner + right, top, bottom, others, gloss, caption, alignment, joiner, what)
+    return CardView((card,))
 
 
 def side_by_side(views: Sequence[CardView]) -> CardView:
