@@ -225,6 +225,18 @@ def weights(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> N
     (out / "origin.json").write_text(json.dumps(origin, indent=1, sort_keys=True) + "\n")
 
 
+def at_commit(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
+    """Fetch a hub's model and tokenizer as they were at one commit; origin.json says where they are from and under which licence."""
+    from influence_kit import hub
+
+    source, kept = parameters["source"], out / "resume"
+    hub.fetch(source, kept)
+    for path in list(kept.iterdir()):
+        path.rename(out / path.name)
+    origin = {"source": source, "name": hub.short_name(source).partition("@")[0], **hub.describe(out)}
+    (out / "origin.json").write_text(json.dumps(origin, indent=1, sort_keys=True) + "\n")
+
+
 def pretrained(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
     """Keep a model that somebody else trained as the end of its training, and one with new random weights as the beginning."""
     from influence_kit import models

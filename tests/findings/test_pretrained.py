@@ -20,6 +20,7 @@ WORDS = {
     "en": "open save file menu press button window close".split(),
     "de": "öffnen sichern datei menü drücken knopf fenster schließen".split(),
 }
+COMMIT = "0123456789" * 4
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,16 @@ def folders(tmp_path_factory):
     tokenizer.save_pretrained(home / "model")
     models.initialise(models.configure("llama", 320, 16, 1, 32), 0).save_pretrained(home / "model")
     return home
+
+
+def save_bloom(folders):
+    """A random model of BLOOM's class, with the tokenizer of the other."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    shutil.copytree(folders / "model", folders / "bloom", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    config = BloomConfig(vocab_size=320, hidden_size=16, n_layer=1, n_head=2, seq_length=32)
+    models.torch.manual_seed(1)
+    BloomForCausalLM(config).save_pretrained(folders / "bloom")
 
 
 def profile_with(folders, tmp_path, **changes):
@@ -128,6 +139,30 @@ def test_a_model_in_a_gguf_file_reads_with_the_opening_that_is_asked(folders, tm
     assert Trained(planned).parameters == models.non_embedding_parameters(model)
 
 
+def test_a_model_of_a_hub_is_read_as_it_was_at_its_commit(folders, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def give(name, revision, local_dir, **patterns):
+        asked.append((name, revision))
+        shutil.copytree(folders / name.rpartition("/")[2], local_dir, dirs_exist_ok=True)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", give)
+    monkeypatch.setenv("INFLUENCE_KIT_CACHE", str(tmp_path / "cache"))
+    save_bloom(folders)
+    sizes = [{"pretrained": f"harbour/{name}@{COMMIT}"} for name in ("model", "bloom")]
+    there = grid.text_grid(profile_with(folders, tmp_path, family={"sizes": sizes}))
+    sizes = [{"pretrained": str(folders / name)} for name in ("model", "bloom")]
+    here = grid.text_grid(profile_with(folders, tmp_path, family={"sizes": sizes}))
+    for one, other in zip(there, here, strict=True):
+        scan = Trained(one).scan()
+        assert np.array_equal(scan.raw, Trained(other).scan().raw) and scan.raw.std() > 0
+        found = translation_ranks(Trained(one).world, scan.raw, scan.rows, k=3)
+        assert found["auc"].between(0, 1).all()
+    assert asked == [("harbour/model", COMMIT), ("harbour/bloom", COMMIT)]
+
+
 @pytest.mark.parametrize(
     "size, said",
     [
@@ -136,9 +171,12 @@ def test_a_model_in_a_gguf_file_reads_with_the_opening_that_is_asked(folders, tm
         ({"pretrained": "wheel:gemma-it==1.0", "sha256": "a" * 64}, "pretrained: .*Gemma Terms of Use"),
         ({"pretrained": "nowhere.gguf"}, r"pretrained: .*nowhere\.gguf does not exist"),
         ({"opening": "bes"}, "opening"),
+        ({"pretrained": "harbour/tiny"}, "pretrained: model='harbour/tiny' names no commit.*write harbour/tiny@COMMIT"),
+        ({"pretrained": "harbour/tiny@main"}, "pretrained: .*names no commit.*write harbour/tiny@COMMIT"),
+        ({"pretrained": f"harbour/gemma@{COMMIT}"}, "pretrained: .*Gemma Terms of Use"),
     ],
 )
-def test_a_profile_is_refused_for_a_gguf_that_cannot_be_had(folders, tmp_path, size, said):
+def test_a_profile_is_refused_for_a_model_that_cannot_be_had(folders, tmp_path, size, said):
     with pytest.raises(UserError, match=said):
         profile_with(folders, tmp_path, family={"sizes": [size]})
 
@@ -147,7 +185,7 @@ def test_pretrained_models_have_no_path_and_no_atlas(folders, tmp_path):
     with pytest.raises(UserError, match=r"scan\.fractions must be empty"):
         profile_with(folders, tmp_path, scan={"fractions": [0.5]})
     content = yaml.safe_load((FOLDER / "smoke.yaml").read_text())
-    content["atlas"]["family"]["sizes"] = [{"pretrained": "x"}]
+    content["atlas"]["family"]["sizes"] = [{"pretrained": str(folders / "model")}]
     path = tmp_path / "bad.yaml"
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(UserError, match="pretrained models read real text only"):
