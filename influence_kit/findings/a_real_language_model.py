@@ -591,12 +591,15 @@ def _card(run: Reading, query: int, read: Scan, values, lists: Mapping[str, list
     asked, said = (part[0] for part in _rows(run.world.queries, np.array([query])))
     counts = token_counts(*_whole(run, np.array([query]))), target_counts(run.world.sequences.take(read.rows[among]))
     lexical = dict(zip(among.tolist(), _places(bm25(*counts)[0]), strict=True))
+    aligned = run.sequences[(run.sequences["role"] == "aligned") & (run.sequences["language"] == REFERENCE)]
+    english = dict(zip(aligned["name"], aligned["text"], strict=True))
     shades = run.maps[run.maps["query"] == query].set_index("row")["token_scores"]
 
     def row(column: int) -> Row:
         position, end = int(read.rows[column]), int(mask[column].nonzero()[0][-1]) + 1
         about = run.sequences.loc[position]
         label = SHOWN.get(about["group"], PLANTED.get(about["group"], SOURCES.get(about["source"], about["source"])))
+        translated = about["role"] == "aligned" and about["name"] == run.queries["name"][query]
         shade = shades.get(position)
         return Row(
             tokens=tokenizer_texts(tokens[column, :end].tolist(), run.world.tokenizer),
@@ -604,7 +607,10 @@ def _card(run: Reading, query: int, read: Scan, values, lists: Mapping[str, list
             rank=place[int(column)],
             scored=len(among),
             language="" if about["language"] in ("en", REFERENCE, "und") else LANGUAGES.get(about["language"], ""),
-            source="as asked" if about["group"] == "as_asked" else label,
+            source="its translation" if translated else "as asked" if about["group"] == "as_asked" else label,
+            gloss=english.get(about["name"], "")
+            if about["role"] == "aligned" and about["language"] != REFERENCE
+            else "",
             bm25_rank=int(lexical[int(column)]),
             token_scores=None if shade is None else list(shade[:end]),
         )

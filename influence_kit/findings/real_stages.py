@@ -28,7 +28,7 @@ from influence_kit.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-OPENING_TEXTS = 64  # on which openings are compared
+OPENING_TEXTS = 24  # on which openings are compared
 LONG_TEXT = 20  # characters a token, beyond which no text is read
 BITS, BLOCK = 4, 32  # of a GGUF file: levels of a weight, weights that share a scale
 REFERENCE = "en-us"

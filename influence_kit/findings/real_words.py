@@ -140,17 +140,17 @@ def on_steps(rows: pandas.DataFrame) -> str:
     )
 
 
-def languages_table(pairs: pandas.DataFrame) -> pandas.DataFrame:
-    """AUC of a paragraph's own English by language, by influence and by shared tokens: lines of a figure."""
+def languages_table(pairs: pandas.DataFrame) -> tuple[pandas.DataFrame, pandas.DataFrame]:
+    """AUC of a paragraph's own English by language, by influence and by shared tokens, for a figure; and the same of each paragraph."""
     import pandas
 
-    lines = []
+    table, each = [], []
     for code, part in pairs.groupby("language", sort=False):
         for by, column in (("influence", "auc"), ("shared tokens", "overlap")):
-            lines.append(
-                over_facts(part[column], bounds=(0, 1)).row(label=f"{LANGUAGES.get(code, code)} · {by}", by=by)
-            )
-    return pandas.DataFrame(lines).drop(columns="seed_0")
+            line = {"label": f"{LANGUAGES.get(code, code)} · {by}", "by": by}
+            table.append(over_facts(part[column], bounds=(0, 1)).row(**line))
+            each += [{**line, "estimate": value} for value in part[column]]
+    return pandas.DataFrame(table).drop(columns="seed_0"), pandas.DataFrame(each)
 
 
 def on_languages(pairs: pandas.DataFrame) -> str:
