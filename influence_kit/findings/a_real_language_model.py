@@ -81,7 +81,8 @@ def reads(
     terms: str = "",
     limit: int = LIMIT,
 ) -> list[Planned]:
-    """What is made of the profile's model, or of the reader's own model, texts and queries; nothing where a profile has no `real` section.
+    """What is made of the profile's model, then of each of its family, or of the reader's own model, texts and queries; nothing where a
+    profile has no `real` section.
 
     Args:
         profile: Says how much of what.
@@ -163,7 +164,12 @@ def reads(
     add("rounded", real_stages.rounded, shared | {"draws": settings.draws}, "rounding", "world", "factors")
     shown = {**source, "damping": settings.damping, "k": settings.shown, "paragraphs": 1}
     add("maps", real_stages.maps, shown, "cards", "world", "factors", "influence", "facts", "languages", folder="cards")
-    return [Planned(made, called or ("" if "weights" in made and source["source"] else name))]
+    first = Planned(made, called or ("" if "weights" in made and source["source"] else name))
+    alone = [
+        settings.model_copy(update={"model": one, "name": "", "family": ()}) for one in settings.family if not model
+    ]
+    others = [reads(profile.model_copy(update={"real": one}), "", texts, queries, limit=limit) for one in alone]
+    return [first, *(other for found in others for other in found)]
 
 
 def own_queries(queries: str | Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
@@ -639,13 +645,18 @@ def _places(values: np.ndarray) -> np.ndarray:
 
 def reading(chapter: Chapter, **given: Any) -> Reading:
     """The model that a chapter's profile reads, or that it is given in place of it (see `reads`)."""
+    return readings(chapter, **given)[0]
+
+
+def readings(chapter: Chapter, **given: Any) -> list[Reading]:
+    """The same, and the models of its family."""
     found = reads(chapter.profile, **given)
     if not found:
         raise UserError(
             f"profile {chapter.profile.name!r} has no `real` section, which this chapter reads: use --profile real"
         )
-    chapter.rests_on(found[0].stages)
-    return Reading(found[0])
+    chapter.rests_on(stage for one in found for stage in one.stages)
+    return [Reading(one) for one in found]
 
 
 def texts_of(run: Reading) -> Iterator[dict[str, Any]]:

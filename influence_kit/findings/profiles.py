@@ -292,10 +292,12 @@ class RealModel(_Strict):
     A size without `pretrained` is a model of random weights, for tests. Of each source `numbers` sequences of `shortest` to
     `longest` tokens are taken, `translated` of each other language of the help; `aligned` paragraphs in every language. Factors are
     fitted on `fit` sequences of `length` tokens; `rank` is that of directions of facts and paragraphs; `step` is added to every weight.
+    Models of `family` are read as `model` is, and their numbers stand beside its by size.
     """
 
     model: Size
     name: str = ""  # in figures; by default what its file says
+    family: Several[Size] = ()
     languages: Several[Word]
     campaigns: Several[Word]
     numbers: dict[Literal["help", "translated", "lines", "sayings", "jargon"], Count]
