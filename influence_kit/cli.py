@@ -103,17 +103,17 @@ def _load(name: str, seeds: list[int] | None, without_real_text: bool):
 
 
 def _profile_of(chapters: Sequence[str]) -> str:
-    """What runs where no profile is named: laptop, or where it has not what these chapters read the profile that names them."""
+    """What runs where no profile is named: laptop, or where it has not what these chapters read the shortest that names them."""
     if not chapters:
         return "laptop"
     from influence_kit.findings.discovery import chapter_names, chapters_for
     from influence_kit.findings.profiles import load_profile, profile_names
 
-    for name in [] if set(chapters) <= set(chapters_for(load_profile("laptop"))) else profile_names():
-        named = load_profile(name).chapters
-        if named and set(chapters) <= set(select(named, chapter_names())):
-            return name
-    return "laptop"
+    if set(chapters) <= set(chapters_for(load_profile("laptop"))):
+        return "laptop"
+    named = [profile for profile in map(load_profile, profile_names()) if profile.chapters]
+    fit = [profile for profile in named if set(chapters) <= set(select(profile.chapters, chapter_names()))]
+    return min(fit, key=lambda profile: profile.minutes).name if fit else "laptop"
 
 
 def _chosen(settings, only: Sequence[str]) -> tuple[list[str], list[str]]:
