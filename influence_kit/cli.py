@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -147,6 +147,16 @@ def _check_force(names: Sequence[str], stages: Iterable, chapters: Sequence[str]
     return forced
 
 
+def _check_own(knobs: Mapping[str, object]) -> bool:
+    """Whether a chapter is given a model or texts of the user's own. Raises UserError where they cannot be read, or tracked."""
+    if not (knobs.get("model") or knobs.get("texts")):
+        return False
+    from influence_kit.findings.own import check_own
+
+    check_own(knobs)
+    return True
+
+
 @app.command()
 def run(
     profile: Profile = "",
@@ -169,7 +179,6 @@ def run(
     Other seeds, parameters, models or profiles than those that ship write a folder of their own, figures/runs/<name>/.
     """
     from influence_kit.findings.discovery import CHECKS, chapter_names, stages_for
-    from influence_kit.findings.own import check_own
     from influence_kit.findings.profiles import changed_from
     from influence_kit.publishing import notebooks
     from influence_kit.publishing.results import closing_screen, publish
@@ -187,7 +196,7 @@ def run(
     knobs = {stem: {n: v for n, v in given.items() if n not in always} for stem, given in chosen.items()}
     if any(knobs.values()) and not only:  # the others would come out as ever
         paths = [path for path in paths if knobs[path.stem]]
-    own = [check_own(knobs[path.stem]) for path in paths]
+    own = [_check_own(knobs[path.stem]) for path in paths]
     content = settings.model_dump(mode="json")
     executions = [
         notebooks.chapter_stage(
@@ -217,8 +226,12 @@ def run(
         run.write(made, total, labels)
     print(closing_screen(claims, figures, run.folder))
     print(f"{made} made, {total - made} from the cache, in {clock(time.monotonic() - run.began)}; see {run.folder}")
-    if any(own):
-        print(f"your model and texts: the last section of {run.folder / 'notebooks' / paths[own.index(True)].name}")
+    for path, yours in zip(paths, own):
+        executed = run.folder / "notebooks" / path.name
+        if only and (found := notebooks.answer(executed)):
+            print(f"{path.stem}: {found}")
+        if yours:
+            print(f"your model and texts: the cards are in {executed}")
 
 
 @app.command()

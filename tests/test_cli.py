@@ -261,13 +261,16 @@ def lying(folder: Path) -> dict[str, bytes]:
 
 def test_what_is_changed_goes_to_a_folder_of_its_own_and_is_said(kit, capfd, monkeypatch):
     words = ["run", "--profile", "smoke", "--jobs", "2"]
+    found = "import os\nfrom IPython.display import Markdown\nMarkdown('**It grew.** And more.')"
+    write_notebook(kit / "notebooks", "01_growth", found)
     assert main(words) == 0
     plain = lying(kit / "figures" / "smoke")
-    capfd.readouterr()
+    assert "It grew" not in capfd.readouterr().out  # of all chapters at once the verdicts are enough
     assert main([*words, "-p", "count=4", "--only", "01"]) == 0
     folder = kit / "figures" / "runs" / "smoke-count-4"
     shown = capfd.readouterr()
     assert f"count=4: results of 01_growth go to {folder}\n" in shown.err and f"see {folder}" in shown.out
+    assert shown.out.endswith("01_growth: It grew. And more.\n")
     assert json.loads((folder / "verdicts.json").read_text())["changed"] == {"count": 4}
     assert json.loads((folder / "run.json").read_text())["changed"] == {"count": 4}
     (chapter,) = [e for e in json.loads((folder / "provenance.json").read_text()).values() if e["kind"] == "chapter"]

@@ -34,7 +34,7 @@ def git(*words: str, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """A checkout of its own with the files as they are here, beside a model and texts of the user's own."""
+    """A checkout of its own with the files as they are here, beside a model, texts and queries of the user's own."""
     home = tmp_path_factory.mktemp("reader")
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
@@ -45,7 +45,8 @@ def copy(tmp_path_factory):
     git("init", "-q", cwd=home / "kit")
     git("add", "-A", cwd=home / "kit")
     git("-c", "user.name=reader", "-c", "user.email=reader@localhost", "commit", "-qm", "all", cwd=home / "kit")
-    save_model(home / "model", len(save_tokenizer(home / "model")))
+    save_model(home / "model", len(save_tokenizer(home / "model")), context=1024)
+    (home / "queries").write_text("- {prompt: The harbour lies, completion: ' north.'}\n" * 2)
     (home / "texts").mkdir()
     (home / "kit" / ".cache").mkdir()  # as any run before leaves it
     (home / "texts" / "some.txt").write_text("\n\n".join(TEXTS))
@@ -53,9 +54,9 @@ def copy(tmp_path_factory):
 
 
 def smaller(command: str) -> list[str]:
-    """The same command on the smoke profile and one seed, with a model and texts that are there."""
+    """The same command on the smoke profile and one seed, with a model, texts and queries that are there."""
     words = shlex.split(re.sub(r"--seeds \S+", "--seeds 101", command))
-    words = [re.sub(r"^(model|texts)=.*", r"\1=../\1", word) for word in words]
+    words = [re.sub(r"^(model|texts|queries)=.*", r"\1=../\1", word) for word in words]
     given = words[1] if len(words) > 1 else ""
     if words[0] != "./run_all.sh" or given in ("doctor", "--help") or "--sequences" in words:
         return words

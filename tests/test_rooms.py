@@ -25,7 +25,7 @@ MAY_USE = {
     "publishing": LEAVES | {"runner", "corpora", "measures", "reading", "findings"},
     "cli": LEAVES | {"engine", "runner", "corpora", "findings", "publishing"},
     "__main__": {"cli"},
-    "__init__": {"engine", "errors"},
+    "__init__": {"engine", "errors", "findings"},
 } | {leaf: LEAVES for leaf in LEAVES}
 
 

@@ -15,13 +15,12 @@ import numpy as np
 import yaml
 
 from influence_kit.corpora.sentences import GROUPS, load_facts
-from influence_kit.corpora.texts.own import model_source
 from influence_kit.corpora.world import World, batch_of
 from influence_kit.errors import UserError, first_line
 from influence_kit.files import sha256 as hash_of
 from influence_kit.files import working_folder
 from influence_kit.findings import common, real_stages
-from influence_kit.findings.families import weights_stage
+from influence_kit.findings.own import model_of
 from influence_kit.findings.profiles import Profile
 from influence_kit.findings.real_stages import REFERENCE, apart, with_role
 from influence_kit.measures.intervals import Estimate, bootstrap
@@ -110,7 +109,7 @@ def reads(
         for name, (function, parameters, label) in fetched.items():
             made[name] = Stage("text", function, {"folder": "", **parameters}, label=label, early=True)
     if not texts or not (model or size.pretrained):
-        about = {"source": "fortunes", "folder": ""}
+        about: dict[str, Any] = {"source": "fortunes", "folder": ""}
         made["sayings"] = Stage("text", real_stages.sayings, about, label="sayings and jargon", early=True)
     source: dict[str, Any] = {"source": model or size.pretrained}
     if not source["source"]:
@@ -119,11 +118,10 @@ def reads(
         made["weights"] = Stage(
             "weights", real_stages.little, parameters | {"vocabulary": 600}, given, label="a little model"
         )
-    elif made_of := weights_stage(source["source"], sha256 if model else size.sha256, terms if model else size.terms):
-        made["weights"] = made_of
     else:
-        source["source"] = model_source(source["source"])
-        source["files"] = _hashed(source["source"])
+        accepted = (sha256, terms) if model else (size.sha256, size.terms)
+        told, made_of = model_of(source["source"], *accepted)
+        source, made = source | told, made | made_of
     called = "" if model else settings.name
     name = called or Path(source["source"] or "a little model").name
     weights = {"weights": made["weights"]} if "weights" in made else {}
@@ -415,7 +413,7 @@ def planted(run: Reading) -> pandas.DataFrame:
                     "group": kind,
                     "passages": int(member.sum()),
                 }
-                measured = zip(("influence", "apart", "words"), area, best, strict=True)
+                measured = zip(("influence", "apart", "words"), np.atleast_1d(area), best, strict=True)
                 found += [{**about_one, "by": by, "auc": a, "best": b} for by, a, b in measured]
     return pandas.DataFrame(found, columns=["prompt", "theme", "group", "passages", "by", "auc", "best"]).assign(seed=0)
 
@@ -522,7 +520,8 @@ def block_shares(run: Reading, share: float = 0.01) -> pandas.DataFrame:
                 chosen = np.flatnonzero((about["name"] == asked[place]) & (about["language"] != REFERENCE))
             strongest = np.argsort(-read.values[place, chosen], kind="stable")[: max(5, round(share * len(chosen)))]
             sums = np.abs(read.block_values[place, chosen[strongest]]).sum(0)
-            found.append({"kind": names[kind], **dict(enumerate(sums / sums.sum()))})
+            by_block: dict[Any, Any] = dict(enumerate(sums / sums.sum()))
+            found.append({"kind": names[kind]} | by_block)
     return pandas.DataFrame(found).assign(seed=0)
 
 
@@ -573,7 +572,7 @@ def fact_card(run: Reading, query: int, k: int) -> CardView:
     place = int(np.flatnonzero(read.queries == query)[0])
     own = np.flatnonzero(run.sequences["name"].to_numpy()[read.rows] == run.queries["name"][query])
     order = sorted(own, key=lambda column: -read.values[place, column])
-    return _card(run, query, read, read.values[place], {"": order}, k, among=own)
+    return _card(run, query, read, read.values[place], {"": [int(column) for column in order]}, k, among=own)
 
 
 def paragraph_card(run: Reading, query: int, k: int) -> CardView:

@@ -20,16 +20,17 @@ import pyarrow.parquet as pq
 from influence_kit.corpora.sentences import load_facts, load_prompts, load_themes
 from influence_kit.corpora.texts import sayings as short
 from influence_kit.corpora.texts.folder import local_text
-from influence_kit.corpora.texts.own import own_tokenizer
+from influence_kit.corpora.texts.own import check_model, in_pieces
 from influence_kit.corpora.texts.paragraphs import load_text, save_text
+from influence_kit.corpora.tokens import check_vocabulary
 from influence_kit.corpora.world import World, batch_of, token_columns, token_matrix
 from influence_kit.errors import UserError
+from influence_kit.findings.own import layers_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 OPENING_TEXTS = 24  # on which openings are compared
-LONG_TEXT = 20  # characters a token, beyond which no text is read
 BITS, BLOCK = 4, 32  # of a GGUF file: levels of a weight, weights that share a scale
 REFERENCE = "en-us"
 FLOOR = (
@@ -70,8 +71,10 @@ def candidates(parameters: dict, inputs: dict[str, Path], out: Path, progress) -
     from influence_kit.findings.openings import choose_opening
 
     folder = source_of(parameters, inputs)
-    tokenizer, rng = own_tokenizer(folder), np.random.default_rng([parameters["seed"], 0x12])
-    rows = _own(parameters) if parameters["texts"] else _packaged(parameters, inputs, tokenizer, rng)
+    (config, tokenizer), rng = check_model(folder), np.random.default_rng([parameters["seed"], 0x12])
+    context = context_of(config)
+    length = min(parameters["length"], context)
+    rows = _own(parameters, tokenizer, length) if parameters["texts"] else _packaged(parameters, inputs, tokenizer, rng)
     asked = _prompts(parameters) + [
         {"role": "fact", "name": fact.name, "prompt": fact.prompt, "completion": fact.completion, "theme": fact.kind}
         for fact in load_facts()
@@ -82,19 +85,18 @@ def candidates(parameters: dict, inputs: dict[str, Path], out: Path, progress) -
         if row["role"] == "aligned" and row["language"] == REFERENCE
     ]
     pool = [row["text"] for row in rows if row["role"] == "pool"]
-    some = [pool[i] for i in np.unique(np.linspace(0, len(pool) - 1, OPENING_TEXTS).astype(int))]
+    some = [pool[i] for i in _evenly(len(pool), OPENING_TEXTS)]
     model = models.load_pretrained(folder) if parameters["opening"] == "best" else None
     opening = choose_opening(model, tokenizer, some, parameters["opening"])
-    context = _context(folder)
-    length = min(parameters["length"], context)
     ids, mask = encode(tokenizer, [("", row["text"]) for row in rows], length, opening.token)
+    check_vocabulary(ids, config.vocab_size)
     order = [i for i in np.argsort(mask.sum(1), kind="stable") if mask[i].any()]
     about = parameters | {"begins": asdict(opening), "texts": Path(parameters["texts"]).name}
     sequences = _table([rows[i] for i in order], ids[order], mask[order])
     asked_ids, asked_mask = encode(tokenizer, [(q["prompt"], q["completion"]) for q in asked], None, opening.token)
     lengths = asked_mask.shape[1] - asked_mask[:, ::-1].argmax(1)
     for i in np.flatnonzero((lengths > context) | ~asked_mask.any(1)):
-        if asked[i]["role"] == "prompt":
+        if asked[i]["role"] == "prompt" and parameters["queries"]:
             raise UserError(
                 f"prompt={asked[i]['prompt']!r}: with its completion {lengths[i]} tokens, of which the model reads {context}, or "
                 "nothing is left to predict: shorten it, or give another by queries="
@@ -111,12 +113,9 @@ def source_of(parameters: Mapping[str, Any], inputs: Mapping[str, Path]) -> str:
     return str(inputs.get("weights", parameters["source"]))
 
 
-def _context(folder: str) -> int:
+def context_of(config: Any) -> int:
     """Tokens that a model reads at most."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-    return getattr(config, "max_position_embeddings", None) or 1 << 20
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20
 
 
 def encode(
@@ -176,23 +175,26 @@ def _sentences(themes: bool) -> list[dict]:
     ]
 
 
-def _own(parameters: dict) -> list[dict]:
-    """The user's texts, `limit` of them evenly over all, and sentences about facts."""
+def _own(parameters: dict, tokenizer: Any, length: int) -> list[dict]:
+    """The user's texts, long ones in pieces, `limit` of them evenly over all, and sentences about facts."""
     found = local_text(Path(parameters["texts"]))
-    chosen = np.unique(np.linspace(0, found.num_rows - 1, min(parameters["limit"], found.num_rows)).astype(int))
-    rows = [
-        {
-            "role": "pool",
-            "source": row["source"],
-            "language": row["language"],
-            "name": row["pair_id"],
-            "text": row["text"],
-        }
-        for row in found.take(pa.array(chosen)).to_pylist()
-    ]
-    for row in rows:
-        row["text"] = row["text"][: LONG_TEXT * parameters["length"]]
+    found = found.take(pa.array(_evenly(found.num_rows, parameters["limit"]))).to_pylist()
+    ids, mask, of = in_pieces(tokenizer, [row["text"] for row in found], length - 1, None)  # an opening comes before
+    several, rows = np.bincount(of, minlength=len(found)) > 1, []
+    for i in _evenly(len(of), parameters["limit"]):
+        row, piece = found[of[i]], ids[i, : mask[i].sum() + 1]
+        about = {"role": "pool", "source": row["source"], "language": row["language"], "name": row["pair_id"]}
+        rows.append(about | {"text": tokenizer.decode(piece) if several[of[i]] else row["text"]})
+    if not rows:
+        raise UserError(
+            f"texts={parameters['texts']!r}: none has two tokens, so there is nothing to predict: give longer ones"
+        )
     return rows + _sentences(themes=not parameters["queries"])
+
+
+def _evenly(total: int, wanted: int) -> np.ndarray:
+    """At most so many of the numbers below `total`, evenly over all."""
+    return np.unique(np.linspace(0, total - 1, min(wanted, total)).astype(int))
 
 
 def _packaged(parameters: dict, inputs: dict[str, Path], tokenizer: Any, rng: np.random.Generator) -> list[dict]:
@@ -250,7 +252,7 @@ def packed(world: World, rows: np.ndarray, number: int, length: int, seed: int) 
     ends = targets.shape[1] - targets[:, ::-1].argmax(1)
     order = np.random.default_rng([seed, 0xFAC]).permutation(len(rows))
     flat = np.concatenate([tokens[i, : ends[i]] for i in order])
-    length = min(length, len(flat))
+    length = min(length, tokens.shape[1], len(flat))
     found = flat[: len(flat) // length * length].reshape(-1, length)[:number]
     return {"input_ids": torch.from_numpy(found.astype(np.int64))}
 
@@ -258,6 +260,11 @@ def packed(world: World, rows: np.ndarray, number: int, length: int, seed: int) 
 def with_role(table: pa.Table, *roles: str) -> np.ndarray:
     """Positions of the rows that have one of these roles."""
     return np.flatnonzero(np.isin(table["role"].to_numpy(zero_copy_only=False), roles))
+
+
+def tracked(parameters: Mapping[str, Any], inputs: Mapping[str, Path]) -> str:
+    """Which layers are tracked: for "mlp" those that are the model's feed-forward ones, whatever it calls them."""
+    return layers_of(source_of(parameters, inputs)) if parameters["layers"] == "mlp" else parameters["layers"]
 
 
 def factors(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
@@ -272,7 +279,7 @@ def factors(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> N
     found = fit_ekfac(
         model,
         batch,
-        parameters["layers"],
+        tracked(parameters, inputs),
         seed=parameters["seed"],
         resume=out / "resume",
         progress=lambda done, to_do: progress(done, to_do, "factors"),
@@ -292,6 +299,11 @@ def scan(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None
     world, model = World.load(inputs["world"]), models.load_pretrained(source_of(parameters, inputs))
     known = Factors.load(inputs["factors"] / "factors.safetensors")
     asked, rows = with_role(world.queries, *parameters["asked"]), with_role(world.sequences, *parameters["scored"])
+    if not len(asked):
+        raise UserError(
+            f"no {parameters['asked'][0]} is short enough for the {context_of(model.config)} tokens that the model reads: give another model"
+            + ", or prompts of your own by queries=" * ("prompt" in parameters["asked"])
+        )
     found = _scored(parameters, world, model, known, asked, rows, out, progress)
     log_p, correct = models.evaluate(model, batch_of(world.queries, asked), batch_size=8)
     _keep(out, **found, rows=torch.from_numpy(rows), queries=torch.from_numpy(asked), log_p=log_p, correct=correct)
@@ -383,7 +395,7 @@ def untrained(parameters: dict, inputs: dict[str, Path], out: Path, progress) ->
     model = models.initialise(config, parameters["seed"]).float().eval()
     pool, asked = with_role(world.sequences, "pool"), with_role(world.queries, *parameters["asked"])
     batch = packed(world, pool, parameters["fit"], parameters["length"], parameters["seed"])
-    known = fit_ekfac(model, batch, parameters["layers"], seed=parameters["seed"])
+    known = fit_ekfac(model, batch, tracked(parameters, inputs), seed=parameters["seed"])
     rng = np.random.default_rng([parameters["seed"], 0x0])
     rows = np.sort(rng.permutation(pool)[: parameters["sequences"]])
     found = _scored(parameters, world, model, known, asked, rows, out, progress)

@@ -1,9 +1,8 @@
-"""Which training sequences made the model say that? One small model of Atlas, and a reader's own (chapter 00)."""
+"""Which training sequences made the model say that? One small model of Atlas (chapter 00)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,16 +14,11 @@ from influence_kit.findings.families import Planned, planted_grid
 from influence_kit.findings.profiles import Profile
 from influence_kit.findings.trained import Scanned, Trained
 from influence_kit.measures.intervals import bootstrap
-from influence_kit.measures.lexical import bm25, target_counts, token_counts
+from influence_kit.measures.lexical import bm25, token_counts
 from influence_kit.measures.lifts import lift
 
 if TYPE_CHECKING:
     import pandas
-    from torch import Tensor, nn
-
-    from influence_kit.engine.factors import Factors
-    from influence_kit.engine.scores import Scores
-    from influence_kit.reading.cards import CardView
 
 OWN, OTHER, NAME = "same fact, query's language", "same fact, other language", "same name, other fact"
 
@@ -151,72 +145,3 @@ def first_ten(
         "sequence": [" ".join(token_texts(world, row[1:].tolist())) for row in tokens],
     }
     return pandas.DataFrame(columns, index=pandas.RangeIndex(1, len(first) + 1, name="place"))
-
-
-@dataclass(frozen=True)
-class Own:
-    """A reader's own texts, scored for one question to an own model: by influence, and by word overlap [N]."""
-
-    world: World
-    model: nn.Module
-    factors: Factors
-    scores: Scores
-    overlap: np.ndarray
-
-    @property
-    def question(self) -> dict[str, Tensor]:
-        """What the model was asked, in its tokens."""
-        return batch_of(self.world.queries)
-
-    def words(self) -> str:
-        """What was found, in short."""
-        from influence_kit.models import evaluate
-
-        ranked = (self.scores.values.numpy()[0], self.overlap)
-        tops = [set(np.argsort(-values, kind="stable")[:10].tolist()) for values in ranked]
-        return (
-            f"{self.world.sequences.num_rows:,} texts scored. The log-probability of the completion is "
-            f"{evaluate(self.model, self.question)[0].item():.2f} nats. Of the ten most influential texts "
-            f"{len(tops[0] & tops[1])} are among the ten with the largest word overlap."
-        )
-
-    def card(self, k: int, title: str) -> CardView:
-        """The k most and least influential texts, shaded by token."""
-        from influence_kit.engine.scans import token_scores
-        from influence_kit.reading.cards import Row, query_card
-        from influence_kit.reading.words import token_texts
-
-        world, question = self.world, self.question
-        ranked = [*self.scores.top(k), *self.scores.bottom(k)]
-        chosen = batch_of(world.sequences, [one.sequence for one in ranked])
-        shades = token_scores(self.model, self.factors, question, chosen)
-        by_overlap, by_influence = places(self.overlap), places(self.scores.values[0].numpy())
-        rows = []
-        for i, one in enumerate(ranked):
-            end = int(chosen["loss_mask"][i].nonzero()[-1]) + 1
-            rows.append(
-                Row(
-                    tokens=token_texts(world, chosen["input_ids"][i, :end].tolist()),
-                    score=one.score,
-                    rank=int(by_influence[one.sequence]),
-                    nats_per_copy=one.nats_per_copy,
-                    source=world.sequences["pair_id"][one.sequence].as_py(),
-                    bm25_rank=int(by_overlap[one.sequence]),
-                    token_scores=shades[i, :end].tolist(),
-                )
-            )
-        ids, start = question["input_ids"][0].tolist(), int(question["loss_mask"][0].nonzero()[0])
-        prompt, completion = ids[world.parameters["opening"] : start], ids[start:]
-        pieces = token_texts(world, prompt), token_texts(world, completion)
-        return query_card(*pieces, rows, k=k, title=title, alignment="predicted")
-
-
-def score_own(world: World, model: nn.Module) -> Own:
-    """Fit EK-FAC on a reader's own texts and score each for the one question of `own_world`."""
-    from influence_kit.engine.fitting import fit_ekfac
-    from influence_kit.engine.scans import score
-
-    texts = batch_of(world.sequences)
-    factors = fit_ekfac(model, texts)
-    overlap = bm25(token_counts(batch_of(world.queries)["input_ids"].numpy()), target_counts(world.sequences))[0]
-    return Own(world, model, factors, score(model, factors, batch_of(world.queries), texts), overlap)

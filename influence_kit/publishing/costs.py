@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from functools import cache
+from pathlib import Path
 
 from influence_kit.corpora.texts.dialogue import Dialogue
 from influence_kit.corpora.texts.parallel import ParallelText
@@ -32,6 +33,7 @@ FOREIGN = {
     "rounded": (100, 4e9),
     "cards": (60, 4e9),
 }
+SEEN = 540_000_000  # bytes of that model's weights
 BASE = 600_000_000  # bytes of a process that has loaded torch
 DIRECTIONS = 6_000_000_000  # bytes of query directions and their workspace held at most; the rest lies in files
 
@@ -83,7 +85,11 @@ def _foreign(stage: Stage) -> Cost:
     seconds, memory = FOREIGN[stage.kind]
     if "width" in stage.inputs.get("weights", stage).parameters:  # a little model, for tests
         return Cost(5, BASE, 10_000_000)
-    return Cost(seconds, int(memory), 1_500_000_000 if stage.kind == "factors" else 10_000_000)
+    folder = Path(str(stage.parameters.get("source", "")))
+    files = list(folder.glob("*.safetensors")) if folder.is_dir() else []
+    share = sum(file.stat().st_size for file in files) / SEEN if files else 1.0
+    disk = 1_500_000_000 if stage.kind == "factors" else 10_000_000
+    return Cost(5 + share * seconds, int(BASE + share * memory), int(share * disk) + 1_000_000)
 
 
 def _chapter(stage: Stage) -> Cost:

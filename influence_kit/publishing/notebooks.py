@@ -365,6 +365,16 @@ def _without_places(text: str) -> str:
     return re.sub(r"(?<= at )0x[0-9a-f]{6,}", "0x…", text)
 
 
+def answer(executed: Path) -> str:
+    """What an executed chapter found, in its own words: the first paragraph of its outputs with something in bold; "" where none has."""
+    for cell in json.loads(executed.read_text(encoding="utf-8"))["cells"]:
+        for output in cell.get("outputs", []):
+            for paragraph in "".join(output.get("data", {}).get("text/markdown", "")).split("\n\n"):
+                if "**" in paragraph:
+                    return " ".join(paragraph.replace("**", "").split())
+    return ""
+
+
 def to_text(notebook) -> str:
     """A notebook as JSON, always the same for the same content."""
     nbformat = _nbformat()

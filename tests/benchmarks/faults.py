@@ -851,10 +851,14 @@ def reader() -> Path:
     return folder
 
 
-def world_of(model: Path, texts: Path):
-    from influence_kit.corpora.texts.own import own_world
+def text_of(model: Path, texts: Path):
+    """Texts that a model's tokenizer could cut."""
+    from influence_kit.corpora.texts.own import check_model, in_pieces, own_text
 
-    return own_world(str(model), str(texts), "The harbour lies", " north of the market.", length=48)
+    found = own_text(str(texts))
+    ids, _, _ = in_pieces(check_model(str(model))[1], found["text"].to_pylist(), 48, None)
+    assert len(ids)
+    return found
 
 
 STRANGE = [
@@ -917,12 +921,12 @@ def strange_text(rng: random.Random, place: Path) -> Outcome:
         (place / "picture.png").write_bytes(rng.randbytes(99))
     chance = how in ("cut", "flip")  # may by chance be text still
 
-    def right(world) -> bool:
-        read = world.sequences["text"][0].as_py()
+    def right(found) -> bool:
+        read = found["text"][0].as_py()
         return chance or (fine and read == expected)
 
     model = reader() / "model"
-    return attempt(lambda: world_of(model, place if how == "folder" else file), "", right)
+    return attempt(lambda: text_of(model, place if how == "folder" else file), "", right)
 
 
 @kind("models", 50, 14)
@@ -979,13 +983,7 @@ def strange_model(rng: random.Random, place: Path) -> Outcome:
         (folder / "config.json").write_text(json.dumps(config))
 
     def work() -> object:
-        own = {
-            "model": str(asked),
-            "texts": str(source.parent / "notes.jsonl"),
-            "completion": " market.",
-            "prompt": "The",
-        }
-        assert check_own(own)
+        check_own({"model": str(asked), "texts": str(source.parent / "notes.jsonl")})
         return load_pretrained(asked)
 
     def right(model) -> bool:

@@ -1,19 +1,14 @@
-"""Chapter 00: wrong answers are other answers of the same kind, and a reader's own texts are scored as by a direct call."""
+"""Chapter 00: wrong answers are other answers of the same kind."""
 
 import numpy as np
 import pandas
 import pytest
-import torch
 
-from influence_kit import fit_ekfac, score
-from influence_kit.corpora.texts.own import own_world
 from influence_kit.corpora.world import batch_of
 from influence_kit.corpora.worlds.atlas import Atlas, build
 from influence_kit.errors import UserError
 from influence_kit.findings.profiles import load_profile
-from influence_kit.findings.start_here import lifts, middling, places, reads, score_own, wrong_answers
-from influence_kit.models import load_pretrained
-from tests.corpora.texts.test_own import COMPLETION, PROMPT, TEXTS, save_model, save_tokenizer
+from influence_kit.findings.start_here import lifts, middling, places, reads, wrong_answers
 
 
 def test_a_wrong_answer_is_another_answer_to_the_same_kind_of_question():
@@ -55,22 +50,3 @@ def test_the_query_shown_is_known_by_half_and_stated_often():
 
 def test_places_begin_at_the_highest():
     assert places(np.array([0.1, 0.5, 0.5, -1])).tolist() == [3, 1, 2, 4]
-
-
-@pytest.fixture(scope="module")
-def own(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("own")
-    save_model(folder, len(save_tokenizer(folder, eos_token="<end>")))
-    (folder / "texts.txt").write_text("\n\n".join(TEXTS * 3))
-    return score_own(
-        own_world(str(folder), str(folder / "texts.txt"), PROMPT, COMPLETION, 64, 500), load_pretrained(str(folder))
-    )
-
-
-def test_own_texts_are_scored_as_by_a_direct_call(own):
-    texts, question = batch_of(own.world.sequences), batch_of(own.world.queries)
-    direct = score(own.model, fit_ekfac(own.model, texts), question, texts)
-    torch.testing.assert_close(own.scores.values, direct.values)
-    assert own.overlap.shape == (own.world.sequences.num_rows,) and own.overlap[0] > 0
-    assert f"{own.world.sequences.num_rows} texts scored" in own.words()
-    assert "harbour" in own.card(2, "ours").html and "ours" in own.card(2, "ours").alt

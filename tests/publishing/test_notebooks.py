@@ -14,7 +14,15 @@ import pytest
 from influence_kit.errors import UserError
 from influence_kit.measures.claims import Rule, judged, row_of, write_json
 from influence_kit.measures.intervals import over_seeds
-from influence_kit.publishing.notebooks import KERNEL, chapter_stage, chosen_parameters, normalise, read_cells, to_text
+from influence_kit.publishing.notebooks import (
+    KERNEL,
+    answer,
+    chapter_stage,
+    chosen_parameters,
+    normalise,
+    read_cells,
+    to_text,
+)
 from influence_kit.publishing.results import closing_screen, publish, read_claims
 from influence_kit.publishing.runs import Run
 from influence_kit.runner.scheduler import RunFailed
@@ -306,6 +314,21 @@ def test_a_chapter_depends_on_what_files_of_the_users_hold_and_not_where_they_li
 
 
 # --- normalising and publishing
+
+
+def test_what_a_chapter_found_is_the_first_paragraph_of_its_outputs_with_something_in_bold(tmp_path):
+    def shown(*texts: str):
+        cells = [nbformat.v4.new_markdown_cell("**not an output**")]
+        for text in texts:
+            output = nbformat.v4.new_output("display_data", {"text/markdown": text})
+            cells.append(nbformat.v4.new_code_cell("1", outputs=[output]))
+        path = tmp_path / "executed.ipynb"
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+        return answer(path)
+
+    said = shown("plain", "first\n\nso: **It rains\nin 3 of 4\nplaces.** (more)\n\nNot **this**", "**No.**")
+    assert said == "so: It rains in 3 of 4 places. (more)"
+    assert shown() == shown("plain") == ""
 
 
 def test_a_widget_is_taken_out_and_said():

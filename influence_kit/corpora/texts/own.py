@@ -1,107 +1,133 @@
-"""A reader's own model, texts and question as a world: the model's tokenizer makes sequences, nothing is planted."""
+"""A reader's own model and texts: what is there, whether it can be read, and the texts as sequences of the model's tokens."""
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from influence_kit.corpora.texts.folder import local_text
-from influence_kit.corpora.tokens import check_vocabulary, encode_with
-from influence_kit.corpora.world import World, token_columns
 from influence_kit.errors import UserError, first_line
 from influence_kit.files import working_folder
 
-LONGEST_TOKEN = 1000  # characters, on average of a text's first tokens
+AT_ONCE = 20_000  # characters given to a tokenizer: of some the time grows with the square
+PACKED = ("U8", "I8", "U16", "I16", "U32", "I32", "F8_E4M3", "F8_E5M2", "F4")  # of safetensors: not weights as such
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def own_world(
-    model: str,
-    texts: str,
-    prompt: str,
-    completion: str,
-    length: int = 64,
-    limit: int = 500,
-    opening: int | Literal["bos"] | None = "bos",
-) -> World:
-    """Everything but the weights: texts as sequences, the question as the one query. Reads no weights: it fails early.
-
-    Columns of sequences: pair_id, language, source, text; of the query: prompt, completion. The tokenizer needs neither
-    a padding token nor a bos token (without one, a sequence's first token is no target); `parameters["opening"]` says
-    how many tokens stand before the prompt.
-
-    Args:
-        model: A folder in the transformers layout, or a hub name.
-        texts: A file or folder (see `folder.local_text`).
-        prompt: The question's given part.
-        completion: What influence on is asked: the part of `prompt + completion` from the first token that the prompt
-            alone would not give. Write the space between them.
-        length: Tokens that a text is cut to.
-        limit: Number of texts that are taken, evenly over all.
-        opening: Token that texts and question begin with, None for none; "bos": the tokenizer's (`choose_opening` of findings
-            finds the one that the model knows).
+def own_text(texts: str) -> pa.Table:
+    """A user's texts as `local_text` gives them, from where the user stands.
 
     Raises:
-        UserError: names the parameter: an empty or impossible one, a model or tokenizer that is not there, texts that
-            are missing or give no target, token ids beyond the model's vocabulary, sequences beyond its context.
+        UserError: As `local_text`, and where nothing is there, with what is near.
     """
-    for name, value in (("model", model), ("texts", texts), ("completion", completion)):
-        if not value.strip():
-            raise UserError(f"{name} is empty: to read a model of your own give model, texts and completion")
-    if limit < 1:
-        raise UserError(f"limit is {limit}; it must be at least 1 text")
+    if not texts.strip():
+        raise UserError("texts is empty: give a .txt, .jsonl or .parquet file, or a folder of them")
     place = working_folder() / Path(texts).expanduser()
     if not place.exists():
         raise UserError(
             f"texts={texts!r}: {place} does not exist{_near(place)}: give a .txt, .jsonl or .parquet file, or a folder of them"
         )
-    source = model_source(model)
-    config, tokenizer = _configuration(source), own_tokenizer(source)
-    _check_weights(source)
-    context = getattr(config, "max_position_embeddings", None)
-    if context and length > context:
-        raise UserError(f"length is {length}, but {model} reads at most {context} tokens: lower length")
-    first = tokenizer.bos_token_id if opening == "bos" else opening
-    before = [] if first is None else [first]
-    asked, start = _query(tokenizer, before, prompt, completion)
-    if context and len(asked) > context:
-        raise UserError(
-            f"the prompt and completion are {len(asked)} tokens, but {model} reads at most {context}: shorten them"
-        )
-    check_vocabulary(np.array(asked), config.vocab_size)
+    return local_text(place)
 
-    found = local_text(place)
-    chosen = np.unique(np.linspace(0, found.num_rows - 1, min(limit, found.num_rows)).astype(int))
-    found = found.take(pa.array(chosen))
-    # A line of megabytes is read as far as its first tokens: some tokenizers take a time that grows with its square.
-    texts_cut = [text[: LONGEST_TOKEN * length] for text in found["text"].to_pylist()]
-    input_ids, loss_mask = encode_with(tokenizer, texts_cut, length, config.vocab_size, first)
-    kept = loss_mask.any(1)
-    if not kept.any():
+
+def in_pieces(
+    tokenizer: Any, texts: Sequence[str], length: int, opening: int | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Whole texts as sequences of at most `length` tokens: a longer one as several of equal length, one after the other.
+
+    Args:
+        tokenizer: Of transformers; it needs no padding token.
+        texts: N of them.
+        length: T, the opening among them.
+        opening: Token that each sequence begins with, None for none.
+
+    Returns:
+        input_ids int32 [M, T], padded on the right with 0, loss_mask bool [M, T], True at all tokens of the text that are predicted
+        from another, and the text of each, int [M]. What leaves nothing to predict is left out.
+
+    Raises:
+        UserError: `length` < 2.
+    """
+    if length < 2:
+        raise UserError(f"length is {length}; it must be at least 2, as a first token is never a target")
+    before = [] if opening is None else [opening]
+    pieces: list[tuple[int, list[int]]] = []
+    for number, text in enumerate(texts):
+        blocks = list(_blocks(text))
+        found = tokenizer(blocks, add_special_tokens=False, verbose=False)["input_ids"] if blocks else []
+        ids = [token for block in found for token in block]
+        parts = np.array_split(np.array(ids, np.int32), max(1, math.ceil(len(ids) / (length - len(before)))))
+        pieces += [(number, [*before, *part.tolist()]) for part in parts if len(before) + len(part) > 1]
+    input_ids, loss_mask = np.zeros((len(pieces), length), np.int32), np.zeros((len(pieces), length), bool)
+    for row, (_, ids) in enumerate(pieces):
+        input_ids[row, : len(ids)], loss_mask[row, 1 : len(ids)] = ids, True
+    return input_ids, loss_mask, np.array([number for number, _ in pieces], int)
+
+
+def _blocks(text: str) -> Iterator[str]:
+    """A text cut after white space, or in the middle of what has none, so that no block is longer than AT_ONCE."""
+    start = 0
+    while start < len(text):
+        end = start + AT_ONCE
+        if end < len(text) and (last := max(text.rfind(" ", start, end), text.rfind("\n", start, end))) > start:
+            end = last
+        yield text[start:end]
+        start = end
+
+
+def check_model(source: str) -> tuple[Any, Any]:
+    """The configuration and tokenizer of a folder or a hub's model, whose weights are looked at and not read.
+
+    Raises:
+        UserError: One of them cannot be loaded; weights that are missing, cut, or packed in a few bits each.
+    """
+    config = _configuration(source)
+    tokenizer = own_tokenizer(source)
+    if not hasattr(tokenizer, "backend_tokenizer"):
         raise UserError(
-            f"texts={texts!r}: none of {len(input_ids)} texts has two tokens, so there is nothing to predict: give longer ones"
+            f"{source} has a tokenizer without a fast form: save one with a tokenizer.json beside its weights"
         )
-    used = int(np.flatnonzero(loss_mask.any(0))[-1]) + 1  # no wider than the longest text
-    columns = {name: found[name].filter(pa.array(kept)) for name in ("pair_id", "language", "source", "text")}
-    sequences = pa.table({**token_columns(input_ids[kept, :used], loss_mask[kept, :used]), **columns})
-    mask = np.arange(len(asked))[None] >= start
-    query = {"prompt": [prompt], "completion": [completion]}
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    words = () if fast else tuple(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
-    return World(
-        "own",
-        sequences,
-        sequences.slice(0, 0),
-        pa.table({**token_columns(np.array([asked]), mask), **query}),
-        words,
-        fast.to_str() if fast else "",
-        {"model": model, "length": length, "limit": limit, "opening": len(before)},
-    )
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise UserError(
+            f"{source} has a tokenizer without a fast form: save one with a tokenizer.json beside its weights"
+        )
+    _check_weights(source)
+    packed = getattr(config, "quantization_config", None)
+    tensor = _packed(Path(source))
+    if packed or tensor:
+        how = f"quantization_config in config.json: {_method(packed)}" if packed else tensor
+        raise UserError(
+            f"model {source!r} has packed weights ({how}): their gradients cannot be had; save it unpacked "
+            "(model.dequantize(), then save_pretrained), or give its GGUF file, which is unpacked here"
+        )
+    return config, tokenizer
+
+
+def _method(packed: Any) -> str:
+    """What a configuration says of how weights are packed."""
+    about = packed if isinstance(packed, dict) else vars(packed)
+    named = [str(about[name]) for name in ("quant_method", "bits") if about.get(name)]
+    return ", ".join([*named, *(name for name in ("load_in_4bit", "load_in_8bit") if about.get(name))]) or "given"
+
+
+def _packed(folder: Path) -> str:
+    """The first tensor of a folder's weights whose numbers are none or hold several, with its type; "" where there is none."""
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        with safe_open(str(file), "numpy") as opened:
+            for name in opened.keys():
+                part = opened.get_slice(name)
+                if part.get_dtype() in PACKED and len(part.get_shape()) > 1:
+                    return f"{name} is {part.get_dtype()}"
+    return ""
 
 
 def model_source(model: str) -> str:
@@ -194,24 +220,3 @@ def _ask_the_hub(name: str) -> None:
             f"model={name!r}: {working_folder() / name} does not exist, and as a hub name it was not to be had "
             f"({first_line(error)}): give the path of a folder, or a hub name on a machine with internet"
         ) from error
-
-
-def _query(tokenizer: Any, opening: list[int], prompt: str, completion: str) -> tuple[list[int], int]:
-    """Token ids of opening, prompt and completion, and the position of the completion's first target."""
-
-    def ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
-
-    before, whole = ids(prompt), ids(prompt + completion)
-    shared = 0
-    while shared < min(len(before), len(whole)) and before[shared] == whole[shared]:
-        shared += 1
-    asked = opening + whole
-    # The first token of all is predicted from nothing.
-    start = max(1, len(opening) + shared)
-    if start >= len(asked):
-        raise UserError(
-            f"prompt={prompt!r} with completion={completion!r} leaves no token to predict: give a prompt that the "
-            "completion follows"
-        )
-    return asked, start
