@@ -113,6 +113,7 @@ def test_scores_on_a_card_are_those_of_a_direct_call_and_the_next_question_is_of
     ],
 )
 def test_what_cannot_be_tracked_is_refused_by_name_within_a_second(kind, told, tmp_path):
+    check_own({"model": saved(tmp_path / "fine", "llama")})  # libraries are loaded once a process
     model = saved(tmp_path, kind)
     began = time.process_time()
     with pytest.raises(UserError, match=told) as caught:
