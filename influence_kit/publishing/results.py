@@ -137,7 +137,7 @@ def read_claims(path: Path) -> list["Claim"]:
         raise UserError(f"{path} is cut or damaged ({first_line(error)}): delete it, run its chapter again") from error
     try:
         rows = content["claims"] if isinstance(content, dict) else content
-        return [claim_of(row) for row in rows if "kind" not in row]  # "kind": from before claims had tiers
+        return [claim_of(row) for row in rows]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(
             f"{path} holds a claim without its parts ({error}): delete it and run its chapter again"
