@@ -109,8 +109,8 @@ def reads(
         for name, (function, parameters, label) in fetched.items():
             made[name] = Stage("text", function, {"folder": "", **parameters}, label=label, early=True)
     if not texts or not (model or size.pretrained):
-        about: dict[str, Any] = {"source": "fortunes", "folder": ""}
-        made["sayings"] = Stage("text", real_stages.sayings, about, label="sayings and jargon", early=True)
+        place = {"source": "fortunes", "folder": ""}
+        made["sayings"] = Stage("text", real_stages.sayings, place, label="sayings and jargon", early=True)
     source: dict[str, Any] = {"source": model or size.pretrained}
     if not source["source"]:
         parameters = {"width": size.width, "depth": size.depth, "context": 512, "seed": seed}
@@ -132,7 +132,7 @@ def reads(
         given = weights | {other: made[other] for other in inputs if other in made}
         made[kind] = Stage(folder or kind, function, parameters, given, threads, label=f"{label} of {name}")
 
-    about = {
+    about: dict[str, Any] = {
         **source,
         "seed": seed,
         "length": settings.length,
@@ -315,12 +315,22 @@ def over_facts(values, **options) -> Estimate:
     return bootstrap(np.asarray(values, float), np.zeros(len(values), int), _mean, **options)
 
 
+def middle(values) -> Estimate:
+    """A median over facts, with its interval over facts: ratios whose lower part may be near 0 have no mean to speak of."""
+    return bootstrap(np.asarray(values, float), np.zeros(len(values), int), _median)
+
+
 def _mean(values: np.ndarray, axis: int = 0) -> np.ndarray:
     return np.mean(values, axis)
 
 
+def _median(values: np.ndarray, axis: int = 0) -> np.ndarray:
+    return np.median(values, axis)
+
+
 def left(rows: pandas.DataFrame) -> tuple[pandas.DataFrame, pandas.DataFrame]:
-    """For a figure: what is left of a fact when its sentence is changed, by influence and by one real step, and the same of each fact."""
+    """For a figure: what is left of a fact when its sentence is changed, by influence and by one real step, medians over facts; and the
+    same of each fact, as far as it lies from -1 to 2."""
     import pandas
 
     table, each = [], []
@@ -334,8 +344,8 @@ def left(rows: pandas.DataFrame) -> tuple[pandas.DataFrame, pandas.DataFrame]:
                     kept(part, column)[group],
                     {"label": f"{words}{which} · {quantity}", "quantity": quantity},
                 )
-                table.append(over_facts(values).row(**about))
-                each += [{**about, "estimate": value} for value in values]
+                table.append(middle(values).row(**about))
+                each += [{**about, "estimate": value} for value in values if -1 <= value <= 2]
     return pandas.DataFrame(table).drop(columns="seed_0"), pandas.DataFrame(each)
 
 
@@ -520,8 +530,8 @@ def block_shares(run: Reading, share: float = 0.01) -> pandas.DataFrame:
                 chosen = np.flatnonzero((about["name"] == asked[place]) & (about["language"] != REFERENCE))
             strongest = np.argsort(-read.values[place, chosen], kind="stable")[: max(5, round(share * len(chosen)))]
             sums = np.abs(read.block_values[place, chosen[strongest]]).sum(0)
-            by_block: dict[Any, Any] = dict(enumerate(sums / sums.sum()))
-            found.append({"kind": names[kind]} | by_block)
+            shares: dict[Any, Any] = dict(enumerate((sums / sums.sum()).tolist()))
+            found.append({"kind": names[kind], **shares})
     return pandas.DataFrame(found).assign(seed=0)
 
 
@@ -558,7 +568,10 @@ def prompt_card(run: Reading, query: int, k: int) -> CardView:
     real = np.flatnonzero(about["role"] == "pool")
     order = real[np.argsort(-values[real], kind="stable")]
     special = real[np.argsort(-alone[real], kind="stable")]
-    lists = {"": [*order[:k], *order[-k:]], "More than any other prompt's answer": list(special[:k])}
+    lists: dict[str, Sequence] = {
+        "": [*order[:k], *order[-k:]],
+        "More than any other prompt's answer": list(special[:k]),
+    }
     theme = run.queries["theme"][query]
     for group, words in PLANTED.items() if theme else ():
         own = np.flatnonzero((about["name"] == theme) & (about["group"] == group))
@@ -586,7 +599,7 @@ def paragraph_card(run: Reading, query: int, k: int) -> CardView:
     return _card(run, query, read, read.values[place], {"": [*order[:k], *order[-k:]]}, k, among=among)
 
 
-def _card(run: Reading, query: int, read: Scan, values, lists: Mapping[str, list[int]], k: int, among=None) -> CardView:
+def _card(run: Reading, query: int, read: Scan, values, lists: Mapping[str, Sequence], k: int, among=None) -> CardView:
     from influence_kit.reading.cards import Row, query_card
     from influence_kit.reading.words import tokenizer_texts
 

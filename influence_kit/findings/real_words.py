@@ -15,6 +15,7 @@ from influence_kit.findings.a_real_language_model import (
     Reading,
     agreement,
     kept,
+    middle,
     over_facts,
     rounding,
     tails,
@@ -34,9 +35,9 @@ Row = dict[str, Any]
 def in_short(run: Reading, rows: pandas.DataFrame) -> str:
     """The answer, in a few sentences."""
     real = kept(pick(rows, nonsense=False))
-    flipped, reworded, answer = (over_facts(real[group]) for group in ("flipped", "reworded", "answer_only"))
-    steps = over_facts(kept(pick(rows, nonsense=False), "step")["flipped"])
-    loses = over_facts(real["reworded"] - real["flipped"])
+    flipped, reworded, answer = (middle(real[group]) for group in ("flipped", "reworded", "answer_only"))
+    steps = middle(kept(pick(rows, nonsense=False), "step")["flipped"])
+    loses = middle(real["reworded"] - real["flipped"])
     agree = over_facts(agreement(pick(rows, nonsense=False)), bounds=(-1, 1))
     head = (
         "**A sentence that is turned round loses its influence here too**"
@@ -47,7 +48,7 @@ def in_short(run: Reading, rows: pandas.DataFrame) -> str:
         "more than" if loses.low > 0 else "less than" if loses.high < 0 else "no more, as far as these facts tell, than"
     )
     return (
-        f"{head}: in {run.name} it is left with {flipped:.2f} of what the fact as asked has ({flipped.n} facts; in brackets, here and below, "
+        f"{head}: in {run.name} it is left with {flipped:.2f} of what the fact as asked has (the median of {flipped.n} facts; in brackets, here and below, "
         f"95 % intervals), the answer's name alone with {answer:.2f}. The fact in other words keeps {reworded:.2f}, {than} the turned one. "
         f"One real step of training on each sentence {'agrees' if agree.value >= CLOSE else 'does not rank them alike'}: it leaves the "
         f"turned one {steps:.2f}, and over a fact's sentences it correlates with influence by {agree:.2f}."
@@ -237,7 +238,7 @@ def on_rounding(run: Reading, rows: pandas.DataFrame) -> str:
     worst = f" It matters most for {', '.join(hurt[:4])}." if hurt else " No fact's sentences change their order much."
     return (
         f"Each draw changes the weights by {change:.0%}. Over a fact's sentences influence before and after correlates by {pearson:.2f} "
-        f"({found['draw'].nunique()} draws).{worst} A turned sentence keeps {over_facts(before):.2f} before and {over_facts(after):.2f} after."
+        f"({found['draw'].nunique()} draws).{worst} A turned sentence keeps {middle(before):.2f} before and {middle(after):.2f} after."
     )
 
 

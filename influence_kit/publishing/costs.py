@@ -28,7 +28,7 @@ FOREIGN = {
     "candidates": (20, 2e9),
     "factors": (650, 3.5e9),
     "scan": (300, 5e9),
-    "steps": (100, 2.5e9),
+    "steps": (150, 2.5e9),
     "random": (120, 4.5e9),
     "rounded": (100, 4e9),
     "cards": (60, 4e9),
@@ -89,7 +89,8 @@ def _foreign(stage: Stage) -> Cost:
     files = list(folder.glob("*.safetensors")) if folder.is_dir() else []
     share = sum(file.stat().st_size for file in files) / SEEN if files else 1.0
     disk = 1_500_000_000 if stage.kind == "factors" else 10_000_000
-    return Cost(5 + share * seconds, int(BASE + share * memory), int(share * disk) + 1_000_000)
+    few = stage.kind == "scan" and "pool" not in stage.parameters["scored"]  # sentences or paragraphs alone
+    return Cost(5 + share * seconds / (4 if few else 1), int(BASE + share * memory), int(share * disk) + 1_000_000)
 
 
 def _chapter(stage: Stage) -> Cost:
