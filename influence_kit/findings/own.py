@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from influence_kit.corpora.texts.own import check_model, model_source, own_text
+from influence_kit.corpora.texts.own import check_model, in_pieces, model_source, own_text
+from influence_kit.corpora.tokens import check_vocabulary
 from influence_kit.errors import UserError, first_line
 from influence_kit.findings.families import _contents, weights_stage
 from influence_kit.hub import hub_source
@@ -21,12 +22,14 @@ FEED_FORWARD = r"(^|\.)fc[12]$"  # as OPT and its kin call the two maps of a fee
 
 
 def check_own(given: Mapping[str, object]) -> None:
-    """Raise UserError unless what is given as `model` and `texts` of the user's own (with `sha256` and `terms`) can be read, and tracked."""
+    """Raise UserError unless what is given as `model` and `texts` of the user's own (with `sha256` and `terms`) can be read, and tracked, and
+    the model has embeddings for the tokens of the first texts."""
     model, texts, sha256, terms = (str(given.get(name, "")) for name in ("model", "texts", "sha256", "terms"))
-    if texts:
-        own_text(texts)
+    first = own_text(texts)["text"][:100].to_pylist() if texts else []
     if model and not model_of(model, sha256, terms)[1]:  # what is fetched first is looked at then
         layers_of(model)
+        config, tokenizer = check_model(model_source(model))
+        check_vocabulary(in_pieces(tokenizer, first, 128, None)[0], config.get_text_config().vocab_size)
 
 
 def layers_of(model: str) -> str:

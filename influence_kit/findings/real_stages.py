@@ -89,7 +89,7 @@ def candidates(parameters: dict, inputs: dict[str, Path], out: Path, progress) -
     model = models.load_pretrained(folder) if parameters["opening"] == "best" else None
     opening = choose_opening(model, tokenizer, some, parameters["opening"])
     ids, mask = encode(tokenizer, [("", row["text"]) for row in rows], length, opening.token)
-    check_vocabulary(ids, config.vocab_size)
+    check_vocabulary(ids, config.get_text_config().vocab_size)
     order = [i for i in np.argsort(mask.sum(1), kind="stable") if mask[i].any()]
     about = parameters | {"begins": asdict(opening), "texts": Path(parameters["texts"]).name}
     sequences = _table([rows[i] for i in order], ids[order], mask[order])

@@ -23,6 +23,8 @@ def wrong_rows(table: pandas.DataFrame) -> list[int]:
         if not isinstance(line["interval"], str) or (np.isnan(line["estimate"]) and np.isnan(line["low"])):
             continue
         values = {name: line[name] for name in seeds if not np.isnan(line[name])}
+        if line["interval"] == UNITS and not values:  # of facts asked of one model, which has no seed
+            continue
         again = np.array(recomputed(values, line["interval"]))
         kept = slice(0, 1) if line["interval"] == UNITS else slice(None)  # of one seed the interval is its units'
         if not np.allclose(

@@ -94,10 +94,6 @@ def check_model(source: str) -> tuple[Any, Any]:
         raise UserError(
             f"{source} has a tokenizer without a fast form: save one with a tokenizer.json beside its weights"
         )
-    if not hasattr(tokenizer, "backend_tokenizer"):
-        raise UserError(
-            f"{source} has a tokenizer without a fast form: save one with a tokenizer.json beside its weights"
-        )
     _check_weights(source)
     packed = getattr(config, "quantization_config", None)
     tensor = _packed(Path(source))
