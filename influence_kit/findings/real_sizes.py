@@ -13,6 +13,7 @@ from influence_kit.findings.a_real_language_model import (
     SHOWN,
     Reading,
     kept,
+    middle,
     over_facts,
     planted,
     sentences,
@@ -82,7 +83,7 @@ def on_sizes(table: pandas.DataFrame) -> str:
 def _numbers(run: Reading) -> Iterator[tuple[str, str, Estimate]]:
     real = kept(pick(sentences(run), nonsense=False))
     for group in ("reworded", "flipped", "answer_only"):
-        yield KEPT, SHOWN[group], over_facts(real[group])
+        yield KEPT, SHOWN[group], middle(real[group])
     if "languages" in run.planned.made:
         found = translations(run)
         yield FOUND, ABROAD, over_facts(found["auc"], bounds=(0, 1))

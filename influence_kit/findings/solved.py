@@ -28,7 +28,7 @@ WAYS = ("EK-FAC", "solved further")
 
 def solved(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
     """Solve the directions of some of a scan's queries further (`engine.refine`) and score what the scan scored. Write scores.safetensors
-    (values [Q, N], rows [N], queries [Q]) and solves.parquet (query, residual, fresh_residual, iterations).
+    (values [Q, N] in nats at epsilon = 1, rows [N] and queries [Q], positions in the world's tables) and solves.parquet (query, residual, fresh_residual, iterations).
 
     Args:
         parameters: asked (kinds of queries), queries (how many of each kind, the first of the scan), sequences (solved on, and as many fresh; none of the
