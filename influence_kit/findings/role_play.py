@@ -137,6 +137,16 @@ def ratios(rows: pandas.DataFrame) -> pandas.DataFrame:
     return found.reindex(index=sorted(rows["seed"].unique()), columns=every)
 
 
+def described(rows: pandas.DataFrame) -> pandas.Series:
+    """How many times as large the description's effect is as the planner's, where traits are only described, by seed.
+
+    Args:
+        rows: As of `ratios`, of the description world.
+    """
+    found = ratios(rows)
+    return found["description", "description only"] / found["planner", "description only"]
+
+
 def averaged(ratios: pandas.Series) -> Estimate:
     """Ratios of seeds, averaged as logarithms, with their interval."""
     return over_seeds(ratios, "log")
