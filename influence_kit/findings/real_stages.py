@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from influence_kit.corpora.sentences import load_facts, load_prompts, load_themes
 from influence_kit.corpora.texts import sayings as short
-from influence_kit.corpora.texts.folder import local_text
+from influence_kit.corpora.texts.folder import local_text, not_read
 from influence_kit.corpora.texts.own import check_model, in_pieces
 from influence_kit.corpora.texts.paragraphs import load_text, save_text
 from influence_kit.corpora.tokens import check_vocabulary
@@ -91,7 +91,8 @@ def candidates(parameters: dict, inputs: dict[str, Path], out: Path, progress) -
     ids, mask = encode(tokenizer, [("", row["text"]) for row in rows], length, opening.token)
     check_vocabulary(ids, config.get_text_config().vocab_size)
     order = [i for i in np.argsort(mask.sum(1), kind="stable") if mask[i].any()]
-    about = parameters | {"begins": asdict(opening), "texts": Path(parameters["texts"]).name}
+    passed_over = not_read(Path(parameters["texts"])) if parameters["texts"] else []
+    about = parameters | {"begins": asdict(opening), "texts": Path(parameters["texts"]).name, "not_read": passed_over}
     sequences = _table([rows[i] for i in order], ids[order], mask[order])
     asked_ids, asked_mask = encode(tokenizer, [(q["prompt"], q["completion"]) for q in asked], None, opening.token)
     lengths = asked_mask.shape[1] - asked_mask[:, ::-1].argmax(1)

@@ -68,8 +68,15 @@ def about(run: Reading) -> str:
     known, unknown = (-scan.log_p[made_up == which].mean() for which in (False, True))
     return (
         f"**{run.name}**{sizes}{source}. {run.world.parameters['begins']['said']} The answers to real facts cost it "
-        f"{known:.1f} nats on average, those to nonsense ones {unknown:.1f}."
+        f"{known:.1f} nats on average, those to nonsense ones {unknown:.1f}.{_not_read(run.world.parameters['not_read'])}"
     )
+
+
+def _not_read(files: list[str], named: int = 5) -> str:
+    """Which files of the user's folder were passed over, in a sentence; "" where none was."""
+    more = f" and {len(files) - named} more" if len(files) > named else ""
+    shown = ", ".join("`" + file.replace("`", "'") + "`" for file in files[:named])
+    return f" *Not read, being no .txt, .jsonl or .parquet: {shown}{more}.*" if files else ""
 
 
 def planted_table(found: pandas.DataFrame) -> pandas.DataFrame:

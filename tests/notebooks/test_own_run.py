@@ -21,6 +21,7 @@ def test_a_run_of_ones_own_ends_in_what_it_found_and_touches_nothing_tracked(kin
 
     before, model = tracked(), saved(tmp_path, kind, context=1024)
     (tmp_path / "asked.yaml").write_text("- {prompt: The harbour lies, completion: ' north.'}\n" * 2)
+    (tmp_path / "texts" / "table.csv").write_text("text\nnot read\n")
     own = [f"model={model}", f"texts={tmp_path / 'texts'}", f"queries={tmp_path / 'asked.yaml'}"]
     words = ["run", "--profile", "smoke", "--only", "12", *(word for each in own for word in ("-p", each))]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "INFLUENCE_KIT_CACHE": str(tmp_path / "cache")}
@@ -31,6 +32,7 @@ def test_a_run_of_ones_own_ends_in_what_it_found_and_touches_nothing_tracked(kin
     executed = Path(place.partition("the cards are in ")[2])
     assert found.startswith("12_a_real_language_model: ") and len(found.split()) > 8
     assert executed.is_file() and executed.parents[2] == ROOT / "figures" / "runs" and tracked() == before
+    assert "Not read, being no .txt, .jsonl or .parquet: `table.csv`." in executed.read_text()
     kept = {path.name for path in (tmp_path / "cache").iterdir()}
     assert "model" not in kept and "text" not in kept  # nothing was trained or downloaded
     shutil.rmtree(executed.parents[1])

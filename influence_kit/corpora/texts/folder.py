@@ -70,6 +70,14 @@ def local_text(path: Path) -> pa.Table:
     return paragraphs(rows, {"source": "folder", "licence": "the user's own", "files": hashes})
 
 
+def not_read(path: Path) -> list[str]:
+    """Files of a folder that `local_text` passes over, by their path in it; hidden ones and what lies in hidden folders are not named."""
+    if not path.is_dir():
+        return []
+    below = (file.relative_to(path) for file in path.rglob("*") if file.suffix not in _READERS and file.is_file())
+    return sorted(file.as_posix() for file in below if not any(part.startswith(".") for part in file.parts))
+
+
 def _text(file: Path) -> str:
     """A file's text, without the byte-order mark that some editors begin with."""
     try:

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from influence_kit.corpora.texts.folder import local_text
+from influence_kit.corpora.texts.folder import local_text, not_read
 from influence_kit.corpora.texts.paragraphs import describe, load_text, save_text
 from influence_kit.corpora.texts.sources import read_text
 from influence_kit.errors import UserError
@@ -65,3 +65,14 @@ def test_own_parquet_without_text_and_a_missing_folder(tmp_path):
         local_text(tmp_path)
     with pytest.raises(UserError, match="no text at"):
         local_text(tmp_path / "absent")
+
+
+def test_what_a_folder_holds_that_is_not_read_is_named(tmp_path):
+    for name in ("a.txt", "notes.md", "sub/data.csv", ".git/config", "B.TXT"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("Words.")
+    assert not_read(tmp_path) == ["B.TXT", "notes.md", "sub/data.csv"]
+    assert not_read(tmp_path / "a.txt") == []
+    assert len(local_text(tmp_path)) == 1
+    with pytest.raises(UserError, match="data.csv: found no .txt, .jsonl or .parquet file"):
+        local_text(tmp_path / "sub" / "data.csv")
