@@ -2,7 +2,9 @@
 
 torch brings MKL, numpy and scipy bring OpenBLAS. On x86 processors that are not Intel's, OpenBLAS needs about .88 of MKL's
 time for float32 products of a thousand rows and .5 for a float64 eigendecomposition (measured on an AMD EPYC 9004, one
-thread). Everywhere else, and on a GPU, torch is asked.
+thread). With several threads products are torch's there too: each library's threads spin for a while after their work and keep
+the other's waiting, so that small products in turn with torch's sums took seven times as long (SmolLM2 135M, two threads).
+Everywhere else, and on a GPU, torch is asked.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ def matmul(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
     """
     if x.dtype != out.dtype:
         return torch.mm(x, y, out_dtype=out.dtype, out=out)
-    if not _by_openblas(x):
+    if torch.get_num_threads() > 1 or not _by_openblas(x):
         return torch.matmul(x, y, out=out)
     np.matmul(x.numpy(), y.numpy(), out=out.numpy())
     return out
