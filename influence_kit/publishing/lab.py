@@ -28,7 +28,7 @@ def command(chapter: str = "", words: Sequence[str] = ()) -> tuple[list[str], di
     folder = notebooks_folder()
     # A notebook's kernel starts in the notebook's folder; a run's, and so every path in a cell, at the root.
     started = f"--IPKernelApp.exec_lines=import os; os.chdir({str(folder.parent)!r})"
-    settings = kernel_settings(cache_root().parent / "lab", [started])
+    settings = kernel_settings(cache_root() / "lab", [started])
     line = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={folder.parent}"]
     if hasattr(os, "geteuid") and os.geteuid() == 0:  # in a container
         line.append("--ServerApp.allow_root=True")
