@@ -345,7 +345,10 @@ def test_lab_opens_a_chapter_with_this_environment(kit, monkeypatch, tmp_path):
     before = dict(os.environ)
     try:
         assert main(["lab", "02", "--no-browser"]) == 0
-        assert os.environ["JUPYTER_PATH"] == str(tmp_path / "cache" / "lab") and os.environ["INFLUENCE_KIT_CWD"] == os.getcwd()
+        assert (
+            os.environ["JUPYTER_PATH"] == str(tmp_path / "cache" / "lab")
+            and os.environ["INFLUENCE_KIT_CWD"] == os.getcwd()
+        )
     finally:
         os.environ.clear()
         os.environ.update(before)
