@@ -1,20 +1,24 @@
-"""Matrix products and eigendecompositions on the faster of the two BLAS libraries that a CPU process has.
+"""Matrix products and eigendecompositions by the fastest of the libraries that a CPU process has: MKL and oneDNN of torch's own,
+OpenBLAS of numpy's and scipy's.
 
-torch brings MKL, numpy and scipy bring OpenBLAS. On x86 processors that are not Intel's, OpenBLAS needs about .88 of MKL's
-time for float32 products of a thousand rows and .5 for a float64 eigendecomposition (measured on an AMD EPYC 9004, one
-thread). With several threads products are torch's there too: each library's threads spin for a while after their work and keep
-the other's waiting, so that small products in turn with torch's sums took seven times as long (SmolLM2 135M, two threads).
-Everywhere else, and on a GPU, torch is asked.
+On x86 processors that are not Intel's, MKL uses half of AVX-512's width. oneDNN's float32 products of a million
+multiplications and more need about .45 of its time, OpenBLAS's float64 eigendecompositions .5 (measured on an AMD EPYC 9004,
+one thread). Everywhere else, and on a GPU, torch is asked as it is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+SMALL = 1 << 20  # multiplications: below, oneDNN takes longer to begin than it saves
+LARGE = 5_000_000  # weights: attention's many small products, which take longer by oneDNN, no longer matter beside the others
 
 
 def products_of(model: nn.Module) -> torch.dtype:
@@ -24,23 +28,43 @@ def products_of(model: nn.Module) -> torch.dtype:
     return own.dtype if own.is_cuda or own.dtype == torch.float64 else torch.float32
 
 
-def matmul(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
+def matmul(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
     """x @ y.
 
     Args:
         x: [..., n, k]; asks for no gradient. In half precision on a GPU, where `out` is float32, a matrix.
-        y: [..., k, m], likewise; leading dimensions as x.
+        y: [..., k, m], likewise; leading dimensions as x or none.
         out: [..., n, m], whose rows may lie apart.
 
     Returns:
-        `out`.
+        `out`, or a new tensor.
     """
-    if x.dtype != out.dtype:
+    if out is not None and x.dtype != out.dtype:
         return torch.mm(x, y, out_dtype=out.dtype, out=out)
-    if torch.get_num_threads() > 1 or not _by_openblas(x):
+    with by_onednn(x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() * y.shape[-1] >= SMALL):
         return torch.matmul(x, y, out=out)
-    np.matmul(x.numpy(), y.numpy(), out=out.numpy())
-    return out
+
+
+@contextmanager
+def by_onednn(wanted: bool = True) -> Iterator[None]:
+    """Let torch's own float32 products be oneDNN's inside, where that is faster and as exact; elsewhere nothing changes."""
+    setting = torch.backends.mkldnn.matmul
+    if not wanted or not _onednn_is_faster() or setting.fp32_precision not in ("none", "ieee"):
+        yield
+        return
+    before = setting.fp32_precision
+    setting.fp32_precision = (
+        "bf16"  # the one way to ask for oneDNN; `_onednn_is_faster` has seen that it computes in float32
+    )
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
+def is_large(model: nn.Module) -> bool:
+    """Whether the model's own passes are faster by oneDNN too."""
+    return sum(parameter.numel() for parameter in model.parameters()) >= LARGE
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,13 +96,35 @@ def _by_openblas(x: Tensor) -> bool:
 
 
 @cache
-def _openblas_is_faster() -> bool:
-    name = np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"]
+def _mkl_is_slow() -> bool:
     try:
         processor = Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
-    return torch.backends.mkl.is_available() and "openblas" in name and "GenuineIntel" not in processor
+    return torch.backends.mkl.is_available() and "GenuineIntel" not in processor
+
+
+@cache
+def _openblas_is_faster() -> bool:
+    return _mkl_is_slow() and "openblas" in np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"]
+
+
+@cache
+def _onednn_is_faster() -> bool:
+    """Where MKL is slow and oneDNN, allowed to round to bfloat16, does not: without a unit for that it has no use for it, and
+    keeps to its float32 kernels."""
+    if not (_mkl_is_slow() and torch.backends.mkldnn.is_available()):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(256, 256, generator=generator) for _ in range(2))
+    exact = x.double() @ y.double()
+    setting = torch.backends.mkldnn.matmul
+    before, setting.fp32_precision = setting.fp32_precision, "bf16"
+    try:
+        found = (x @ y, x.T.contiguous().T @ y, (x[None] @ y[None])[0])
+    finally:
+        setting.fp32_precision = before
+    return all(float((each - exact).norm() / exact.norm()) < 2e-6 for each in found)
 
 
 _threads = 0

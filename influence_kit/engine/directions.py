@@ -187,9 +187,7 @@ class Directions:
         for some, rows, gradient in rotator.pieces(layer, found, rotated):
             start, flat = (rows.start or 0) * gradient.shape[2], gradient.flatten(1)
             for asked, V in pieces:
-                scores[asked, some] += matmul(
-                    V[:, start : start + flat.shape[1]], flat.T, flat.new_empty(len(V), len(flat))
-                )
+                scores[asked, some] += matmul(V[:, start : start + flat.shape[1]], flat.T)
             if inverse is not None:
                 norms[some] += flat.square_() @ inverse[rows].flatten()
         return scores, norms
@@ -211,7 +209,7 @@ class Directions:
             step = max(TOKEN_BLOCK // (tokens * rank), 1)
             for start in range(0, number, step):
                 columns = slice(start * rank, (start + step) * rank)
-                product = (g.flatten(0, 1) @ left[:, columns]).mul_(a.flatten(0, 1) @ right[:, columns])
+                product = matmul(g.flatten(0, 1), left[:, columns]).mul_(matmul(a.flatten(0, 1), right[:, columns]))
                 queries = slice(asked.start + start, min(asked.start + start + step, asked.stop))
                 scores[queries] = product.view(*shape, -1, rank).sum((1, 3)).T
         return scores

@@ -125,7 +125,7 @@ class Rotator:
             if len(basis) == 1:
                 matmul(rows, q[:taken], flat)
             else:
-                flat[:, start : start + len(q)] = rows[:, start : start + taken] @ q[:taken]
+                flat[:, start : start + len(q)] = matmul(rows[:, start : start + taken], q[:taken])
             if last:
                 flat[:, start:] += q[-1]
             start += len(q)
@@ -166,7 +166,7 @@ class Rotator:
         for start in range(0, len(a), step):
             some = slice(start, start + step)
             out = self.buffers("gradient", (len(a[some]), p, wide), a)
-            gradient = torch.bmm(g[some].transpose(1, 2), a[some])
+            gradient = matmul(g[some].mT, a[some])
             if g_late:
                 gradient = rotate_rows(gradient, layer.outputs)  # type: ignore[arg-type]
             if a_late:
@@ -187,9 +187,9 @@ class Rotator:
 def rotate_rows(gradient: Tensor, basis: Basis, back: bool = False) -> Tensor:
     """Q^T D (or Q D when `back`) for D [..., P, M']."""
     if len(basis) == 1:
-        return (basis[0] if back else basis[0].T) @ gradient
+        return matmul(basis[0] if back else basis[0].T, gradient)
     parts = gradient.split([len(q) for q in basis], -2)
-    return torch.cat([(q if back else q.T) @ part for q, part in zip(basis, parts, strict=True)], -2)
+    return torch.cat([matmul(q if back else q.T, part) for q, part in zip(basis, parts, strict=True)], -2)
 
 
 def rotate_columns(gradient: Tensor, basis: Basis, back: bool = False, buffers: Buffers | None = None) -> Tensor:
@@ -199,7 +199,7 @@ def rotate_columns(gradient: Tensor, basis: Basis, back: bool = False, buffers: 
         matmul(gradient.flatten(0, -2), basis[0].T if back else basis[0], wide.flatten(0, -2))
         return wide
     parts = gradient.split([len(q) for q in basis], -1)
-    return torch.cat([part @ (q.T if back else q) for q, part in zip(basis, parts, strict=True)], -1)
+    return torch.cat([matmul(part, q.T if back else q) for q, part in zip(basis, parts, strict=True)], -1)
 
 
 def inverse(damped: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .blas import by_onednn, is_large
+
 
 class TokenGradients(NamedTuple):
     """One layer's part of the gradient of each sequence in a batch: D_n = sum_t g[n, t] (a[n, t]; 1)^T."""
@@ -126,7 +128,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     for parameter in asking:
         parameter.requires_grad_(False)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), by_onednn(is_large(model)):
             yield model.eval()
     finally:
         for module in training:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .blas import matmul
 from .factors import Factors, rotate_columns, rotate_rows
 from .gradients import Recorder, TokenGradients, device_of, forward, frozen, widened
 from .labels import drawn_at, uniforms
@@ -121,7 +122,7 @@ class GaussNewton:
         parts = []
         for rows in batch_rows(count(sequences), batch_size):
             some = {name: tensor[rows] for name, tensor in sequences.items()}
-            parts.append(directions @ self.gradients(some, batch_size).T)
+            parts.append(matmul(directions, self.gradients(some, batch_size).T))
         return torch.cat(parts, 1)
 
     def product(self, vectors: Tensor, rows: Sequence[int] | Tensor | None = None) -> Tensor:
@@ -368,13 +369,13 @@ def sampled_inverse(
     E.div_(root).div_(total**0.5)
     inner = torch.eye(total, dtype=torch.float64, device=E.device)
     for rows in batch_rows(total, 256):  # the lower triangle, which is all that is read
-        inner[rows.start :, rows] += E[rows.start :] @ E[rows].T
+        inner[rows.start :, rows] += matmul(E[rows.start :], E[rows].T)
     inner = torch.linalg.cholesky(inner)
 
     def solved(vectors: Tensor) -> Tensor:
         scaled = vectors / root
-        weights = torch.cholesky_solve((E @ scaled.T).double(), inner).to(E)
-        return (scaled - weights.T @ E) / root
+        weights = torch.cholesky_solve(matmul(E, scaled.T).double(), inner).to(E)
+        return (scaled - matmul(weights.T, E)) / root
 
     return solved
 
@@ -383,4 +384,4 @@ def _outer(found: TokenGradients) -> Tensor:
     """sum_t g a^T of each sequence, [B, P, M']."""
     a, g, bias = found
     a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2) if bias else a
-    return g.mT @ a
+    return matmul(g.mT, a)

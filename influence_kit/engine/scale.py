@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from .blas import matmul
 from .codes import MIXED, NORMS, layout
 from .directions import LEANING, OVERSAMPLED, POWER_STEPS, QUERY_BLOCK
 from .features import PILOT
@@ -304,10 +305,10 @@ def speed_of(operations: float | None = None) -> Speed:
         return Speed(operations, EIGH * 1e9 / operations, "given; eigh in a CPU core's proportion")
     device, side = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 1024)
     x, y = torch.randn(side, side, device=device), torch.randn(1000, 1000, device=device, dtype=torch.float64)
-    torch.linalg.eigh(y[:99, :99]), (x @ x)[0, 0].item()  # first calls take longer, and reading waits for a GPU
+    torch.linalg.eigh(y[:99, :99]), matmul(x, x)[0, 0].item()  # first calls take longer, and reading waits for a GPU
     began, done = time.perf_counter(), 0
     while (took := time.perf_counter() - began) < 1:
-        (x @ x)[0, 0].item()
+        matmul(x, x)[0, 0].item()
         done += 1
     began = time.perf_counter()
     torch.linalg.eigh(y + y.T)[1][0, 0].item()

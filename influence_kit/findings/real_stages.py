@@ -353,6 +353,7 @@ def steps(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> Non
     import torch
 
     from influence_kit import models
+    from influence_kit.engine.blas import by_onednn, is_large
     from influence_kit.referees.finetuning import log_p
 
     world, model = World.load(inputs["world"]), models.load_pretrained(source_of(parameters, inputs))
@@ -361,25 +362,26 @@ def steps(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> Non
     of = [place[name] for name in world.sequences["name"].take(rows).to_pylist()]
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     start, found, halved = [weight.detach().clone() for weight in weights], [], set[int]()
-    before = {query: float(log_p(model, batch_of(world.queries, [query])).detach()) for query in set(of)}
-    for done, (row, query) in enumerate(zip(rows, of, strict=True), 1):
-        sentence, question = batch_of(world.sequences, [row]), batch_of(world.queries, [query])
-        said = log_p(model, sentence).sum()
-        signs = [gradient.sign_() for gradient in torch.autograd.grad(said, weights, materialize_grads=True)]
-        parts = (1.0,) if query in halved else (0.5, 0.5)
-        halved.add(query)
-        with torch.no_grad():
-            measured = []
-            for part in parts:
-                for weight, sign in zip(weights, signs, strict=True):
-                    weight.add_(sign, alpha=part * parameters["step"])
-                measured.append(float(log_p(model, question)) - before[query])
-            own = float(log_p(model, sentence)) - float(said)
-            for weight, value in zip(weights, start, strict=True):
-                weight.copy_(value)
-        half = measured[0] if len(parts) > 1 else None
-        found.append({"row": int(row), "query": query, "delta_half": half, "delta": measured[-1], "own": own})
-        progress(done, len(rows), "steps")
+    with by_onednn(is_large(model)):
+        before = {query: float(log_p(model, batch_of(world.queries, [query])).detach()) for query in set(of)}
+        for done, (row, query) in enumerate(zip(rows, of, strict=True), 1):
+            sentence, question = batch_of(world.sequences, [row]), batch_of(world.queries, [query])
+            said = log_p(model, sentence).sum()
+            signs = [gradient.sign_() for gradient in torch.autograd.grad(said, weights, materialize_grads=True)]
+            parts = (1.0,) if query in halved else (0.5, 0.5)
+            halved.add(query)
+            with torch.no_grad():
+                measured = []
+                for part in parts:
+                    for weight, sign in zip(weights, signs, strict=True):
+                        weight.add_(sign, alpha=part * parameters["step"])
+                    measured.append(float(log_p(model, question)) - before[query])
+                own = float(log_p(model, sentence)) - float(said)
+                for weight, value in zip(weights, start, strict=True):
+                    weight.copy_(value)
+            half = measured[0] if len(parts) > 1 else None
+            found.append({"row": int(row), "query": query, "delta_half": half, "delta": measured[-1], "own": own})
+            progress(done, len(rows), "steps")
     pq.write_table(pa.Table.from_pylist(found), out / "steps.parquet")
 
 
