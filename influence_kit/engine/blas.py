@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+ONEDNN = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # whose precision says which library multiplies
 SMALL = 1 << 20  # multiplications: below, oneDNN takes longer to begin than it saves
 LARGE = 5_000_000  # weights: attention's many small products, which take longer by oneDNN, no longer matter beside the others
 
@@ -48,18 +49,15 @@ def matmul(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
 @contextmanager
 def by_onednn(wanted: bool = True) -> Iterator[None]:
     """Let torch's own float32 products be oneDNN's inside, where that is faster and as exact; elsewhere nothing changes."""
-    setting = torch.backends.mkldnn.matmul
-    if not wanted or not _onednn_is_faster() or setting.fp32_precision not in ("none", "ieee"):
+    if not wanted or not _onednn_is_faster() or ONEDNN.fp32_precision not in ("none", "ieee"):
         yield
         return
-    before = setting.fp32_precision
-    setting.fp32_precision = (
-        "bf16"  # the one way to ask for oneDNN; `_onednn_is_faster` has seen that it computes in float32
-    )
+    before = ONEDNN.fp32_precision
+    ONEDNN.fp32_precision = "bf16"  # the one way to ask; `_onednn_is_faster` has seen that float32 it remains
     try:
         yield
     finally:
-        setting.fp32_precision = before
+        ONEDNN.fp32_precision = before
 
 
 def is_large(model: nn.Module) -> bool:
@@ -118,12 +116,11 @@ def _onednn_is_faster() -> bool:
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(256, 256, generator=generator) for _ in range(2))
     exact = x.double() @ y.double()
-    setting = torch.backends.mkldnn.matmul
-    before, setting.fp32_precision = setting.fp32_precision, "bf16"
+    before, ONEDNN.fp32_precision = ONEDNN.fp32_precision, "bf16"
     try:
         found = (x @ y, x.T.contiguous().T @ y, (x[None] @ y[None])[0])
     finally:
-        setting.fp32_precision = before
+        ONEDNN.fp32_precision = before
     return all(float((each - exact).norm() / exact.norm()) < 2e-6 for each in found)
 
 

@@ -75,9 +75,9 @@ class Directions:
         squares, lost, whole = (torch.zeros(self.count, dtype=dtype_of(model), device=device) for _ in range(3))
         largest = max(layer.eigenvalues.numel() for layer in self.layers.values())
         tracked = {name: modules[name] for name in self.layers}
-        length = read_batch(queries, slice(0, 1)).tokens.shape[1]
+        longest = read_batch(queries, slice(0, self.count)).length + 1
         block = QUERY_BLOCK if device.type == "cpu" else GPU_QUERY_BLOCK
-        within = min(rows_within(model, self.layers, length, batch_size), max(block // largest, 1))
+        within = min(rows_within(model, self.layers, longest, batch_size), max(block // largest, 1))
         with frozen(model), Recorder(tracked) as recorder:
             for rows in batch_rows(self.count, within):
                 batch = read_batch(queries, rows, device)

@@ -39,8 +39,8 @@ class Features:
 
     def pieces(self, sequences: Mapping[str, Tensor], rows: slice) -> Iterator[tuple[str, slice, slice, Tensor]]:
         """(layer, sequences of the batch, rows of P, rotated gradients [b, p W]), valid until the next; not yet whitened."""
-        length, size = read_batch(sequences, slice(rows.start, rows.start + 1)).tokens.shape[1], rows.stop - rows.start
-        for part in batch_rows(size, rows_within(self.model, self.factors.layers, length, size)):
+        longest, size = read_batch(sequences, rows).length + 1, rows.stop - rows.start
+        for part in batch_rows(size, rows_within(self.model, self.factors.layers, longest, size)):
             read = slice(rows.start + part.start, rows.start + part.stop)
             with frozen(self.model), self.recorder:
                 batch = read_batch(sequences, read, device_of(self.model))

@@ -86,7 +86,7 @@ def fit_ekfac(
     if total == 0:
         raise ValueError("no sequences to fit factors on: input_ids has no rows")
     batch_rows(total, batch_size)
-    check(sequences, model)
+    longest = check(sequences, model)
     if not isinstance(labels, str):
         labels = given_labels(labels, sequences, model)
     details = {"method": method, "layers": layers, "blocks": blocks, "seed": seed, "sequences": total}
@@ -101,7 +101,7 @@ def fit_ekfac(
         # A GPU computes gradients again sooner than it could have them back from a file.
         disk = free_disk() if device_of(model).type == "cpu" else 0
         source = PseudoGradients(model, recorder, sequences, labels, seed, Shelf(memory, disk))
-        within = rows_within(model, chosen, source.labels.shape[1], batch_size)
+        within = rows_within(model, chosen, longest, batch_size)
         batches = shard(batch_rows(total, within))
         passes = 1 if method in ("kfac", "diagonal") else 2
         spectra: Spectra = {}

@@ -38,12 +38,11 @@ from .codes import NORMS, encode, fields, layout, products
 from .factors import Factors
 from .features import Features
 from .files import digest, load_tensors, save_tensors, sha256, whole
-from .passes import rows_within
 from .processes import barrier, rank_and_size, shard
 from .refine import Refined, refined_by
 from .scans import NAMED, check_norms, check_numbers, score, warn_of_unusable
 from .scores import FORMS, Scores, TopScores, ends
-from .sequences import Progress, batch_rows, check, corpus_digest, count, gather, length_of, read_batch, row_digests
+from .sequences import Progress, batch_rows, check, corpus_digest, count, gather, read_batch, row_digests
 from .shelf import Buffers
 
 VERSION = 3
@@ -354,8 +353,6 @@ def _write_shards(features, projection, plan, sequences, folder: Path, start: in
     """Codes and norms of this rank's share of the sequences, whose first is row `start` of the index."""
     key, done = digest({n: plan[n] for n in plan if n not in ("shards", "sequences")}, start), 0
     own = shard(batch_rows(count(sequences), SHARD))
-    layers = {name: features.model.get_submodule(name) for name in features.factors.layers}
-    batch_size = rows_within(features.model, layers, length_of(sequences), batch_size)
     to_do = sum(rows.stop - rows.start for rows in own)
     for rows in own:
         name = f"{start + rows.start:012}-{start + rows.stop:012}"

@@ -234,14 +234,14 @@ def token_scores(
         raise ValueError(f"token_scores takes one query, got {count(query)} rows")
     check_numbers(damping, batch_size)
     check(query, model, "query", asking=True)
-    check(sequences, model)
+    longest = check(sequences, model)
     factors = factors.beside(model)
     refined = refined_by(refine, refine_on, model, factors, query, damping)
     directions = Directions(model, factors, query, damping, rotated_sides(factors, 1, 0, True), refined=refined)
     check_norms(directions.norms)
-    modules, rotator, length = _modules(model, factors), Rotator(), length_of(sequences)
-    batch_size = rows_within(model, modules, length, batch_size)
-    summed = torch.zeros(count(sequences), length, dtype=directions.norms.dtype)
+    modules, rotator = _modules(model, factors), Rotator()
+    batch_size = rows_within(model, modules, longest, batch_size)
+    summed = torch.zeros(count(sequences), length_of(sequences), dtype=directions.norms.dtype)
     with frozen(model), Recorder(modules) as recorder:
         for rows in batch_rows(count(sequences), batch_size):
             batch = read_batch(sequences, rows, device_of(model))
@@ -304,12 +304,11 @@ class Sweep:
         """Checks everything and takes the queries' pass. Arguments as `score`'s; `norms`: its self_influence. Batches are
         smaller than asked for where memory has no room for their token gradients."""
         check_numbers(damping, batch_size)
-        check(queries, model, "queries", asking=True)
-        check(sequences, model)
-        beside, total, length = factors.beside(model), count(sequences), length_of(sequences)
-        tokens = total * max(length - 1, 0) // rank_and_size()[1]
+        asked, longest = check(queries, model, "queries", asking=True), check(sequences, model)
+        beside, total = factors.beside(model), count(sequences)
+        tokens = total * max(longest - 1, 0) // rank_and_size()[1]
         rotated = rotated_sides(beside, count(queries), tokens, norms)
-        batch_size = rows_within(model, _modules(model, beside), max(length, length_of(queries)), batch_size)
+        batch_size = rows_within(model, _modules(model, beside), max(asked, longest), batch_size)
         how = {"others": sequences, "batch_size": batch_size, "memory": memory, "resume": resume}
         refined = refined_by(refine, refine_on, model, factors, queries, damping, **how)
         directions = Directions(model, beside, queries, damping, rotated, rank, batch_size, memory, refined)

@@ -287,7 +287,7 @@ def _row(given: int, total: int) -> int:
 
 def check(
     sequences: Mapping[str, Tensor], model: nn.Module | None = None, name: str = "sequences", asking: bool = False
-) -> None:
+) -> int:
     """Read all rows once, so that nothing is refused in the middle of a long pass.
 
     Args:
@@ -296,15 +296,20 @@ def check(
         name: What to call them in a message.
         asking: Whether every row must have a target.
 
+    Returns:
+        Tokens of the longest row, its last target the last of them: what is padded further costs nothing.
+
     Raises:
         ValueError: One line: what is wrong, in which row.
 
     Cost: reading the columns.
     """
+    longest = 0
     vocabulary, context = (None, None) if model is None else (vocabulary_of(model), context_of(model))
     try:
         for rows, batch in _in_pieces(sequences):
             tokens, mask, length = batch
+            longest = max(longest, length + 1)
             if vocabulary is not None:
                 said = partial(_unknown, tokens, vocabulary)
                 _refuse(tokens >= vocabulary, rows, said, "input_ids")
@@ -318,6 +323,7 @@ def check(
                 )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error.__cause__
+    return longest
 
 
 def given_labels(labels: object, sequences: Mapping[str, Tensor], model: nn.Module) -> Tensor:

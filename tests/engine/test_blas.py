@@ -7,8 +7,6 @@ from influence_kit.engine import blas
 from influence_kit.engine.gradients import frozen
 from influence_kit.engine.shelf import Buffers
 
-PRECISION = torch.backends.mkldnn.matmul
-
 
 @pytest.fixture(params=[True, False])
 def onednn(request, monkeypatch):
@@ -39,18 +37,18 @@ def test_products_are_the_same_bit_for_bit_each_time(onednn):
 
 def test_only_a_large_model_s_passes_are_by_onednn_and_torch_is_left_as_it_was(monkeypatch):
     monkeypatch.setattr(blas, "_onednn_is_faster", lambda: True)
-    before, model = PRECISION.fp32_precision, torch.nn.Linear(30, 20)
+    before, model = blas.ONEDNN.fp32_precision, torch.nn.Linear(30, 20)
     with frozen(model):
-        assert PRECISION.fp32_precision == before
+        assert blas.ONEDNN.fp32_precision == before
     monkeypatch.setattr(blas, "LARGE", 600)
     with frozen(model):
-        assert PRECISION.fp32_precision == "bf16"
+        assert blas.ONEDNN.fp32_precision == "bf16"
         with blas.by_onednn():
             pass
-        assert PRECISION.fp32_precision == "bf16"
+        assert blas.ONEDNN.fp32_precision == "bf16"
     with pytest.raises(ZeroDivisionError), blas.by_onednn():
         _ = 1 / 0
-    assert PRECISION.fp32_precision == before
+    assert blas.ONEDNN.fp32_precision == before
 
 
 def test_where_rounding_would_be_made_use_of_nothing_is_asked_for(monkeypatch):

@@ -7,10 +7,11 @@ from conftest import ARCHITECTURES, random_sequences, tiny_model
 from influence_kit.engine import passes
 from influence_kit.engine.fitting import fit_ekfac
 from influence_kit.engine.gradients import Recorder, frozen
+from influence_kit.engine.index import build_index
 from influence_kit.engine.labels import drawn_at, uniforms
 from influence_kit.engine.layers import tracked_layers
 from influence_kit.engine.passes import Room, rows_within, sequence_gradients
-from influence_kit.engine.scans import score
+from influence_kit.engine.scans import score, token_scores
 from influence_kit.engine.sequences import read_batch
 
 WHOLE, ROWS, TARGETS, BOTH = (
@@ -121,3 +122,21 @@ def test_scores_do_not_depend_on_the_room(room, within):
     assert max(rows for rows, _ in passed) <= 4
     torch.testing.assert_close(pieces.values, whole.values, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(pieces.self_influence, whole.self_influence, rtol=1e-8, atol=1e-10)
+
+
+def test_padding_that_no_sequence_needs_makes_no_batch_smaller(within, tmp_path):
+    model, data, queries = tiny_model("gpt_neox"), random_sequences(9, padded=True), random_sequences(2, seed=4)
+    wide = {
+        "input_ids": torch.nn.functional.pad(data["input_ids"], (0, 40)),
+        "loss_mask": torch.nn.functional.pad(data["loss_mask"], (0, 40)),
+    }
+    within(Room(4 * 11 * 320 * 8, 1 << 40, 1 << 40))
+    factors, calls = fit_ekfac(model, data), []
+    for given in (data, wide):
+        passed = seen(model)
+        scores = score(model, fit_ekfac(model, given), queries, given).values
+        build_index(model, factors, given, tmp_path / str(len(calls)), bytes_per_sequence=64)
+        token_scores(model, factors, {name: column[:1] for name, column in queries.items()}, given)
+        calls.append(([rows for rows, _ in passed], scores))
+    assert calls[0][0] == calls[1][0] and 4 in calls[0][0]
+    torch.testing.assert_close(calls[0][1], calls[1][1], rtol=1e-8, atol=1e-10)
