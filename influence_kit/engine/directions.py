@@ -230,8 +230,10 @@ def low_rank(V: Tensor, rank: int | float) -> tuple[Tensor, Tensor, Tensor]:
         span = torch.linalg.qr(V @ probe)[0]
         for _ in range(POWER_STEPS):
             span = torch.linalg.qr(V @ (V.mT @ span))[0]
-        u, s, right = torch.linalg.svd(span.mT @ V, full_matrices=False)
-        error = (size - s[:, :r].square().sum(1)).clamp(min=0)
+        seen = span.mT @ V
+        squares, u = torch.linalg.eigh(seen.double() @ seen.double().mT)  # ascending; takes a tenth of an SVD's time
+        u = u[:, :, -r:].to(V)
+        error = (size - squares[:, -r:].sum(1).to(V)).clamp(min=0)
         if isinstance(rank, int) or r == most or bool((error <= rank**2 * size).all()):
-            return span @ u[:, :, :r] * s[:, None, :r], right[:, :r], error
+            return span @ u, u.mT @ seen, error
         r = min(2 * r, most)

@@ -304,11 +304,11 @@ class Sweep:
         """Checks everything and takes the queries' pass. Arguments as `score`'s; `norms`: its self_influence. Batches are
         smaller than asked for where memory has no room for their token gradients."""
         check_numbers(damping, batch_size)
-        asked, longest = check(queries, model, "queries", asking=True), check(sequences, model)
+        check(queries, model, "queries", asking=True)
+        longest = check(sequences, model)
         beside, total = factors.beside(model), count(sequences)
         tokens = total * max(longest - 1, 0) // rank_and_size()[1]
         rotated = rotated_sides(beside, count(queries), tokens, norms)
-        batch_size = rows_within(model, _modules(model, beside), max(asked, longest), batch_size)
         how = {"others": sequences, "batch_size": batch_size, "memory": memory, "resume": resume}
         refined = refined_by(refine, refine_on, model, factors, queries, damping, **how)
         directions = Directions(model, beside, queries, damping, rotated, rank, batch_size, memory, refined)
@@ -316,7 +316,8 @@ class Sweep:
         whitening = {n: inverse(layer.damped(damping)) for n, layer in beside.layers.items()} if norms else {}
         about = (corpus_digest(queries), damping, batch_size, by_layer, norms, rank)
         about += () if refined is None else (directions.norms.tolist(),)  # type: ignore[assignment]
-        return Sweep(model, beside, sequences, directions, whitening, batch_size, by_layer, about, refined)
+        within = rows_within(model, _modules(model, beside), longest, batch_size)
+        return Sweep(model, beside, sequences, directions, whitening, within, by_layer, about, refined)
 
     @contextmanager
     def state(self, folder: str | os.PathLike | None, *purpose: object) -> Iterator[State]:
