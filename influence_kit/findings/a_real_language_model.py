@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 SECTION = "real"  # of a profile that has this chapter
 MEMORY = 3e9  # bytes of query directions that a scan may hold
-WHOLE = 8  # queries that are held whole, not at low rank
 LARGE = 100_000_000  # bytes of a model's files
 LIMIT = 2000  # of the user's texts
 SHOWN = {
@@ -148,16 +147,15 @@ def reads(
     add("world", real_stages.candidates, about, "texts and queries", "help", "lines", "sayings", folder="candidates")
     fit = {"fit": settings.fit, "length": settings.length, "layers": settings.layers}
     add("factors", real_stages.factors, {**source, "seed": seed, **fit}, "factors", "world")
-    whole = None if len(asked or real_stages.load_prompts()) <= WHOLE else settings.rank
     roles = {"asked": ["prompt"], "scored": ["pool", "planted"]}
-    add("influence", real_stages.scan, shared | roles | {"rank": whole}, "scan", "world", "factors", folder="scan")
+    add("influence", real_stages.scan, shared | roles, "scan", "world", "factors", folder="scan")
     roles = {"asked": ["fact"], "scored": ["fact"]}
     add("facts", real_stages.scan, shared | roles, "scan of facts", "world", "factors", folder="scan")
     if not texts:
         roles = {"asked": ["paragraph"], "scored": ["aligned"]}
         add("languages", real_stages.scan, shared | roles, "scan of languages", "world", "factors", folder="scan")
     add("steps", real_stages.steps, {**source, "step": settings.step}, "steps", "world")
-    less = fit | settings.untrained.model_dump() | {"asked": ["prompt"], "rank": whole}
+    less = fit | settings.untrained.model_dump() | {"asked": ["prompt"]}
     add("untrained", real_stages.untrained, shared | less, "random weights in place", "world", folder="random")
     add("rounded", real_stages.rounded, shared | {"draws": settings.draws}, "rounding", "world", "factors")
     shown = {**source, "damping": settings.damping, "k": settings.shown, "paragraphs": 1}

@@ -66,9 +66,11 @@ def about(run: Reading) -> str:
     source = f" from `{found['source']}`{licence}" if found.get("source") else ""
     made_up = np.isin(names, [fact.name for fact in load_facts() if fact.nonsense])
     known, unknown = (-scan.log_p[made_up == which].mean() for which in (False, True))
+    left = run.scan().error.max()
     return (
         f"**{run.name}**{sizes}{source}. {run.world.parameters['begins']['said']} The answers to real facts cost it "
-        f"{known:.1f} nats on average, those to nonsense ones {unknown:.1f}.{_not_read(run.world.parameters['not_read'])}"
+        f"{known:.1f} nats on average, those to nonsense ones {unknown:.1f}. Directions of queries are kept at low rank, which "
+        f"leaves out {left:.0%} of a prompt's at most.{_not_read(run.world.parameters['not_read'])}"
     )
 
 
