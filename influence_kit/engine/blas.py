@@ -48,7 +48,8 @@ def matmul(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
 
 @contextmanager
 def by_onednn(wanted: bool = True) -> Iterator[None]:
-    """Let torch's own float32 products be oneDNN's inside, where that is faster and as exact; elsewhere nothing changes."""
+    """Let torch's own float32 products on a CPU be oneDNN's inside, where that is faster and as exact; elsewhere, and unless
+    `wanted`, nothing changes."""
     if not wanted or not _onednn_is_faster() or ONEDNN.fp32_precision not in ("none", "ieee"):
         yield
         return

@@ -233,7 +233,7 @@ def low_rank(V: Tensor, rank: int | float) -> tuple[Tensor, Tensor, Tensor]:
         seen = span.mT @ V
         squares, u = torch.linalg.eigh(seen.double() @ seen.double().mT)  # ascending; takes a tenth of an SVD's time
         u = u[:, :, -r:].to(V)
-        error = (size - squares[:, -r:].sum(1).to(V)).clamp(min=0)
+        error = (size - squares[:, -r:].sum(1)).clamp(min=0).to(V)
         if isinstance(rank, int) or r == most or bool((error <= rank**2 * size).all()):
             return span @ u, u.mT @ seen, error
         r = min(2 * r, most)

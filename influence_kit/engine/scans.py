@@ -316,8 +316,7 @@ class Sweep:
         whitening = {n: inverse(layer.damped(damping)) for n, layer in beside.layers.items()} if norms else {}
         about = (corpus_digest(queries), damping, batch_size, by_layer, norms, rank)
         about += () if refined is None else (directions.norms.tolist(),)  # type: ignore[assignment]
-        within = rows_within(model, _modules(model, beside), longest, batch_size)
-        return Sweep(model, beside, sequences, directions, whitening, within, by_layer, about, refined)
+        return Sweep(model, beside, sequences, directions, whitening, batch_size, by_layer, about, refined)
 
     @contextmanager
     def state(self, folder: str | os.PathLike | None, *purpose: object) -> Iterator[State]:
@@ -353,8 +352,8 @@ class Sweep:
                 if part is None:
                     parts = []
                     for some in batch_rows(rows.stop - rows.start, self.batch_size):
-                        found = slice(rows.start + some.start, rows.start + some.stop)
-                        parts.append(self._batch(recorder, rotator, found))
+                        asked = slice(rows.start + some.start, rows.start + some.stop)
+                        parts += [self._batch(recorder, rotator, found) for found in self._within(asked)]
                         if progress:
                             progress(min(done + some.stop, total), max(round(total * share), 1))
                     part = reduce(
@@ -363,6 +362,12 @@ class Sweep:
                     state.save(name, part, read)
                 done += rows.stop - rows.start
                 yield rows, part
+
+    def _within(self, rows: slice) -> Iterator[slice]:
+        """These rows, as many at a time as have room at the length of the longest of them."""
+        longest, size = read_batch(self.sequences, rows).length + 1, rows.stop - rows.start
+        for some in batch_rows(size, rows_within(self.model, _modules(self.model, self.factors), longest, size)):
+            yield slice(rows.start + some.start, rows.start + some.stop)
 
     def _batch(self, recorder: Recorder, rotator: Rotator, rows: slice) -> Parts:
         batch = read_batch(self.sequences, rows, device := device_of(self.model))

@@ -140,3 +140,16 @@ def test_padding_that_no_sequence_needs_makes_no_batch_smaller(within, tmp_path)
         calls.append(([rows for rows, _ in passed], scores))
     assert calls[0][0] == calls[1][0] and 4 in calls[0][0]
     torch.testing.assert_close(calls[0][1], calls[1][1], rtol=1e-8, atol=1e-10)
+
+
+def test_a_long_sequence_makes_no_other_batch_of_a_scan_smaller(within):
+    model, queries = tiny_model("gpt_neox"), random_sequences(2, seed=4)
+    data = {n: torch.nn.functional.pad(column, (0, 12)) for n, column in random_sequences(8).items()}
+    data |= {n: torch.cat([column, random_sequences(1, length=24)[n]]) for n, column in data.items()}
+    factors = fit_ekfac(model, data)
+    whole = score(model, factors, queries, data).values
+    within(Room(4 * 11 * 320 * 8, 1 << 40, 1 << 40))
+    passed = seen(model)
+    pieces = score(model, factors, queries, data, batch_size=4).values
+    assert [rows for rows, _ in passed][-3:] == [4, 4, 1]
+    torch.testing.assert_close(pieces, whole, rtol=1e-8, atol=1e-10)
