@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ONEDNN = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # whose precision says which library multiplies
 SMALL = 1 << 20  # multiplications: below, oneDNN takes longer to begin than it saves
-LARGE = 5_000_000  # weights: attention's many small products, which take longer by oneDNN, no longer matter beside the others
+LARGE = 5_000_000  # weights: what takes longer by oneDNN no longer matters beside what does not
+SHORT = 256  # tokens: of more, attention's weights [T, T] take more memory than all else that a pass keeps
 
 
 def products_of(model: nn.Module) -> torch.dtype:
@@ -59,6 +61,17 @@ def by_onednn(wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         ONEDNN.fp32_precision = before
+
+
+@contextmanager
+def attention(tokens: int) -> Iterator[None]:
+    """Within `by_onednn`, let torch's attention to so many tokens be whole products and a softmax, if they are few: of its fused
+    kernel's many tiny products each takes oneDNN several times what it takes MKL."""
+    if ONEDNN.fp32_precision != "bf16" or tokens > SHORT:
+        yield
+        return
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def is_large(model: nn.Module) -> bool:

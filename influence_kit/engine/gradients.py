@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .blas import by_onednn, is_large
+from .blas import attention, by_onednn, is_large
 
 
 class TokenGradients(NamedTuple):
@@ -142,7 +142,8 @@ def forward(model: nn.Module, tokens: Tensor) -> Tensor:
 
     Also accepts a module that returns the logits themselves.
     """
-    output = model(input_ids=tokens, use_cache=False) if hasattr(model, "config") else model(tokens)
+    with attention(tokens.shape[-1]):
+        output = model(input_ids=tokens, use_cache=False) if hasattr(model, "config") else model(tokens)
     return widened(output.logits if hasattr(output, "logits") else output)
 
 

@@ -39,7 +39,7 @@ class Room(NamedTuple):
     logits: int
 
 
-CPU_ROOM = Room(1 << 28, 1 << 28, 1 << 22)
+CPU_ROOM = Room(1 << 28, 1 << 29, 1 << 22)
 
 
 @cache

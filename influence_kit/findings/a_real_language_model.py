@@ -140,7 +140,7 @@ def reads(
         "limit": limit,
     }
     about |= {"texts": str(working_folder() / Path(texts).expanduser()) if texts else "", "aligned": settings.aligned}
-    about |= {"languages": list(settings.languages), "numbers": settings.numbers}
+    about |= {"languages": list(settings.languages), "numbers": settings.numbers, "more": settings.more}
     about |= {"shortest": settings.shortest, "longest": settings.longest}
     if texts:
         about["text_files"] = _hashed(about["texts"])
@@ -256,6 +256,14 @@ class Reading:
         """Where the weights are from."""
         return real_stages.origin(self.folder("weights")) if "weights" in self.planned.made else {}
 
+    @cached_property
+    def fitted_on(self) -> tuple[int, int]:
+        """Number of rows that factors were fitted on, and of their tokens."""
+        from safetensors import safe_open
+
+        with safe_open(str(self.folder("factors") / "factors.safetensors"), "np") as file:
+            return tuple(file.get_slice("labels").get_shape())
+
     @property
     def name(self) -> str:
         """What the model calls itself, or is called."""
@@ -295,7 +303,7 @@ def sentences(run: Reading) -> pandas.DataFrame:
             row = int(read.rows[column])
             found = {"fact": fact.name, "kind": fact.kind, "nonsense": fact.nonsense, "query": int(query), "row": row}
             found |= {"group": about["group"][row], "text": about["text"][row], "log_p": float(read.log_p[place])}
-            found |= {"influence": float(read.values[place, column]), **told.loc[row, ["delta", "delta_half", "own"]]}
+            found |= {"influence": float(read.values[place, column]), **told.loc[row, ["delta", "delta_half"]]}
             rows.append(found)
     return pandas.DataFrame(rows).rename(columns={"delta": "step"}).assign(seed=0)
 

@@ -1,8 +1,9 @@
 """What chapter 12 makes of a language model from elsewhere: the texts that are scored, factors, scans, and what judges them.
 
-Sequences have a role: `pool` (real text), `planted` (passages of our own among it), `aligned` (paragraphs in several languages) and
-`fact` (sentences about a fact). Queries have one too: `prompt`, `paragraph` and `fact`. All are in the model's own tokens, after
-the opening that it reads best, without an end-of-text token: what a chat model ends its turns with is no part of a text.
+Sequences have a role: `pool` (real text), `more` (more of it, on which factors are fitted too and which is not scored), `planted`
+(passages of our own among it), `aligned` (paragraphs in several languages) and `fact` (sentences about a fact). Queries have one
+too: `prompt`, `paragraph` and `fact`. All are in the model's own tokens, after the opening that it reads best, without an
+end-of-text token: what a chat model ends its turns with is no part of a text.
 """
 
 from __future__ import annotations
@@ -220,16 +221,16 @@ def _packaged(parameters: dict, inputs: dict[str, Path], tokenizer: Any, rng: np
     pools |= {f"help in {language}": [r for r in left if r["language"] == language] for language in languages[1:]}
     pools |= {name: [r for r in short_texts if r["source"] == name] for name in ("sayings", "jargon")}
     for name, texts in pools.items():
-        wanted = numbers["translated" if name.startswith("help in") else name]
+        wanted, more = numbers["translated" if name.startswith("help in") else name], parameters["more"].get(name, 0)
         fits = _of_length(tokenizer, [row["text"] for row in texts], parameters)
-        if len(fits) < wanted:
+        if len(fits) < wanted + more:
             raise UserError(
-                f"{len(fits)} texts of {name} have {parameters['shortest']} to {parameters['longest']} tokens, {wanted} are "
-                "asked for: lower the number in the profile, or widen shortest and longest"
+                f"{len(fits)} texts of {name} have {parameters['shortest']} to {parameters['longest']} tokens, {wanted + more} are "
+                "asked for: lower numbers (or more) in the profile, or widen shortest and longest"
             )
-        for row in (texts[i] for i in rng.permutation(fits)[:wanted]):
+        for place, row in enumerate(texts[i] for i in rng.permutation(fits)[: wanted + more]):
             about = {
-                "role": "pool",
+                "role": "pool" if place < wanted else "more",
                 "source": name.split(" in ")[0],
                 "language": row["language"],
                 "name": row["pair_id"],
@@ -269,14 +270,13 @@ def tracked(parameters: Mapping[str, Any], inputs: Mapping[str, Path]) -> str:
 
 
 def factors(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
-    """Fit EK-FAC on the pool, packed: factors.safetensors."""
+    """Fit EK-FAC on real text, packed: factors.safetensors."""
     from influence_kit import models
     from influence_kit.engine.fitting import fit_ekfac
 
     world, model = World.load(inputs["world"]), models.load_pretrained(source_of(parameters, inputs))
-    batch = packed(
-        world, with_role(world.sequences, "pool"), parameters["fit"], parameters["length"], parameters["seed"]
-    )
+    rows = with_role(world.sequences, "pool", "more")
+    batch = packed(world, rows, parameters["fit"], parameters["length"], parameters["seed"])
     found = fit_ekfac(
         model,
         batch,
@@ -348,12 +348,12 @@ def steps(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> Non
 
     A step adds `step` times the sign of the gradient of the sentence's log-probability to every weight of the model. Columns: row
     (position of the sentence), query (of its fact), delta (nats, of the query's log-probability), delta_half (after half a step, of
-    each fact's first sentence alone), own (nats, of the sentence's own).
+    each fact's first sentence alone).
     """
     import torch
 
     from influence_kit import models
-    from influence_kit.engine.blas import by_onednn, is_large
+    from influence_kit.engine.blas import attention, by_onednn, is_large
     from influence_kit.referees.finetuning import log_p
 
     world, model = World.load(inputs["world"]), models.load_pretrained(source_of(parameters, inputs))
@@ -362,7 +362,8 @@ def steps(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> Non
     of = [place[name] for name in world.sequences["name"].take(rows).to_pylist()]
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     start, found, halved = [weight.detach().clone() for weight in weights], [], set[int]()
-    with by_onednn(is_large(model)):
+    length = max(token_matrix(table).shape[1] for table in (world.sequences, world.queries))
+    with by_onednn(is_large(model)), attention(length):
         before = {query: float(log_p(model, batch_of(world.queries, [query])).detach()) for query in set(of)}
         for done, (row, query) in enumerate(zip(rows, of, strict=True), 1):
             sentence, question = batch_of(world.sequences, [row]), batch_of(world.queries, [query])
@@ -376,11 +377,10 @@ def steps(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> Non
                     for weight, sign in zip(weights, signs, strict=True):
                         weight.add_(sign, alpha=part * parameters["step"])
                     measured.append(float(log_p(model, question)) - before[query])
-                own = float(log_p(model, sentence)) - float(said)
                 for weight, value in zip(weights, start, strict=True):
                     weight.copy_(value)
             half = measured[0] if len(parts) > 1 else None
-            found.append({"row": int(row), "query": query, "delta_half": half, "delta": measured[-1], "own": own})
+            found.append({"row": int(row), "query": query, "delta_half": half, "delta": measured[-1]})
             progress(done, len(rows), "steps")
     pq.write_table(pa.Table.from_pylist(found), out / "steps.parquet")
 

@@ -56,7 +56,7 @@ def in_short(run: Reading, rows: pandas.DataFrame) -> str:
 
 
 def about(run: Reading) -> str:
-    """Which model this is, where it is from, how its texts begin, and how well it knows what is asked."""
+    """Which model this is, where it is from, how its texts begin, how well it knows what is asked, and what factors rest on."""
     found, scan = run.origin, run.scan("facts")
     names = run.queries["name"].to_numpy()[scan.queries]
     sizes = (
@@ -67,10 +67,12 @@ def about(run: Reading) -> str:
     made_up = np.isin(names, [fact.name for fact in load_facts() if fact.nonsense])
     known, unknown = (-scan.log_p[made_up == which].mean() for which in (False, True))
     left = run.scan().error.max()
+    (rows, tokens), wanted = run.fitted_on, run.planned.made["factors"].parameters["fit"]
+    fewer = f" ({wanted} were asked for; the texts hold no more)" if rows < wanted else ""
     return (
         f"**{run.name}**{sizes}{source}. {run.world.parameters['begins']['said']} The answers to real facts cost it "
-        f"{known:.1f} nats on average, those to nonsense ones {unknown:.1f}. Directions of queries are kept at low rank, which "
-        f"leaves out {left:.0%} of a prompt's at most.{_not_read(run.world.parameters['not_read'])}"
+        f"{known:.1f} nats on average, those to nonsense ones {unknown:.1f}. Factors are fitted on {rows} rows of {tokens} tokens"
+        f"{fewer}. Directions of queries are kept at low rank, which leaves out {left:.0%} of a prompt's at most.{_not_read(run.world.parameters['not_read'])}"
     )
 
 

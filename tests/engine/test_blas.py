@@ -51,6 +51,24 @@ def test_only_a_large_model_s_passes_are_by_onednn_and_torch_is_left_as_it_was(m
     assert blas.ONEDNN.fp32_precision == before
 
 
+def test_short_attention_within_onednn_is_whole_products_with_the_same_gradients(monkeypatch):
+    monkeypatch.setattr(blas, "_onednn_is_faster", lambda: True)
+    q, k, v = (torch.randn(2, 3, 20, 8, requires_grad=True) for _ in range(3))
+
+    def kind_and_gradients(tokens):
+        with blas.attention(tokens):
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return out.grad_fn.name(), torch.autograd.grad(out.square().sum(), (q, k, v))
+
+    fused, expected = kind_and_gradients(20)
+    with blas.by_onednn():
+        name, found = kind_and_gradients(20)
+        long, _ = kind_and_gradients(blas.SHORT + 1)
+    assert "Flash" in fused and long == fused != name
+    assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(found, expected, strict=True))
+    assert kind_and_gradients(20)[0] == fused
+
+
 def test_where_rounding_would_be_made_use_of_nothing_is_asked_for(monkeypatch):
     monkeypatch.setattr(blas, "_mkl_is_slow", lambda: True)
     blas._onednn_is_faster.cache_clear()
