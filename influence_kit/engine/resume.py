@@ -13,6 +13,7 @@ from .files import load_tensors, save_tensors
 from .processes import rank_and_size
 
 SAVE_SECONDS = 60  # between two savings of sums that grow
+QUICK = 2  # seconds that a saving may take; after one that took longer, as many times longer passes until the next
 
 
 class State:
@@ -26,7 +27,7 @@ class State:
         """
         self.folder, self.key = None if folder is None else Path(folder), key
         self._written: set[Path] = set()
-        self._last = time.monotonic()
+        self._last, self._took = time.monotonic(), 0.0
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -50,15 +51,18 @@ class State:
 
     def due(self) -> bool:
         """Whether it is time to save sums that grow."""
-        return self.folder is not None and time.monotonic() - self._last > SAVE_SECONDS
+        wait = SAVE_SECONDS * max(1.0, self._took / QUICK)
+        return self.folder is not None and time.monotonic() - self._last > wait
 
     def save(self, name: str, tensors: Mapping[str, Tensor], rows: str = "") -> None:
         """Write or replace a file; a kill leaves the one before."""
         if self.folder is None:
             return
+        began = time.monotonic()
         save_tensors(path := self._path(name), tensors, {"key": self.key, "rows": rows})
         self._written.add(path)
         self._last = time.monotonic()
+        self._took = self._last - began
 
     def forget(self) -> None:
         """Delete the files that were written or read here."""

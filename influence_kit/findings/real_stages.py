@@ -427,6 +427,7 @@ def rounded(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> N
         changes.append(round_again(model, known.layers, generator))
         within = out / "resume" / str(draw)
         parts.append(_scored(parameters, world, model, known, asked, rows, within, lambda *_: None)["values"])
+        del model  # before the next is loaded
         progress(draw + 1, parameters["draws"], "rounding")
     about = {"rows": torch.from_numpy(rows), "queries": torch.from_numpy(asked), "relative": torch.tensor(changes)}
     _keep(out, values=torch.stack(parts), **about)

@@ -148,7 +148,7 @@ def on_steps(rows: pandas.DataFrame) -> str:
     linear = "small enough to be linear" if abs(half / whole - 0.5) < 0.1 else "too large to be linear"
     return (
         f"A step changes what the facts cost by {rows['step'].abs().mean():.2g} nats on average, half a step by {half / whole:.2f} of that: it is "
-        f"{linear}. The sentence itself gains {rows['own'].mean():.2g} nats."
+        f"{linear}."
     )
 
 

@@ -1,5 +1,6 @@
 """What the machine offers (cores, memory, disk) and what a process takes of it."""
 
+import ctypes
 import errno
 import importlib
 import os
@@ -111,7 +112,9 @@ def storage_problem(error: BaseException | None, name: str) -> str:
 
 
 def reset_peak_memory() -> None:
-    """Let `peak_memory` count from now on, where the system can (Linux)."""
+    """Let the system have what earlier work freed and glibc keeps, and `peak_memory` count from now on, where that can be done (Linux)."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None:
+        trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:  # not Linux, or not allowed: the peak is then that of the whole process

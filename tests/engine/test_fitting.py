@@ -257,3 +257,13 @@ def test_a_sequence_whose_gradient_is_not_finite_is_no_ground_for_factors(method
     data["input_ids"][3, 2] = 28
     with pytest.raises(ValueError, match=r"layer '.*mlp.*' has inputs or gradients that are not finite"):
         fit_ekfac(breaking(tiny_model("gpt2")), data, method=method)
+
+
+def test_a_slow_saving_is_not_made_again_soon(tmp_path, monkeypatch):
+    from influence_kit.engine import resume
+
+    clock = iter([0.0, 0.0, 10.0, 100.0, 301.0, 311.0])  # made; saving begins and ends, asked twice
+    monkeypatch.setattr(resume.time, "monotonic", lambda: next(clock))
+    state = resume.State(tmp_path, "key")
+    state.save("sums", {"x": torch.zeros(3)})
+    assert [state.due() for _ in range(3)] == [False, False, True]  # ten seconds of saving: five minutes

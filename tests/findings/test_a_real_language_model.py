@@ -76,6 +76,7 @@ def test_every_sentence_of_a_fact_is_scored_for_it_and_stepped_on(run):
     both = rows.dropna(subset="delta_half")
     assert len(both) == len(facts)
     assert np.corrcoef(rows["influence"], rows["step"])[0, 1] > 0.5
+    assert "small enough to be linear" in real_words.on_steps(rows)
     assert np.median(np.abs(both["step"] / 2 - both["delta_half"]) / np.abs(both["step"]).mean()) < 0.2
     kept = finding.kept(rows)
     assert len(kept) == len(facts) and np.allclose(kept["as_asked"], 1)
