@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from influence_kit.errors import UserError
+from influence_kit.publishing.notebooks import answer
 from influence_kit.publishing.results import claims_of, keep_other_seeds, publish, replicated, unconcluded
 from influence_kit.publishing.runs import read_object
 from influence_kit.reading.verdicts import verdict_table_markdown
@@ -86,6 +87,19 @@ def times_alone(known: dict[str, dict]) -> str:
     return "\n".join(rows) + "\n"
 
 
+def real(folder: Path) -> str:
+    """What chapter 12 found in a language model from elsewhere, its first figure, and what the run took."""
+    (executed,) = (folder / "notebooks").glob("12_*.ipynb")
+    known = json.loads((folder / "provenance.json").read_text()).values()
+    memory = max(entry["peak_memory_bytes"] for entry in known) / 1e9
+    place = f"figures/{folder.name}"
+    return (
+        f"{answer(executed)}\n\n![What is left of a fact when its sentence is changed]({place}/12_word_order.png)\n\n"
+        f"[The executed chapter]({place}/notebooks/{executed.name}), with its cards, the other findings, and what the texts are. From nothing, "
+        f"the model and the texts fetched: {whole_run(read_object(folder / 'run.json')).partition(': ')[2]} The largest process had {memory:.1f} GB.\n"
+    )
+
+
 def fill(text: str, parts: dict[str, str]) -> str:
     """Put each part between its markers `<!-- name -->` and `<!-- /name -->`. Raises UserError where they are missing."""
     for name, content in parts.items():
@@ -114,7 +128,8 @@ def main() -> None:
         publish(folder, [])
         print(f"{stay} of {confirmed} confirmed findings are confirmed again on the other seeds")
     path = root / "README.md"
-    path.write_text(fill(path.read_text(), {"verdicts": verdicts(folder), "times": times(folder)}))
+    parts = {"verdicts": verdicts(folder), "times": times(folder), "real": real(root / "figures" / "real")}
+    path.write_text(fill(path.read_text(), parts))
 
 
 if __name__ == "__main__":

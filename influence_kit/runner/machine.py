@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import gc
 import importlib
 import os
 import platform
@@ -111,10 +112,15 @@ def storage_problem(error: BaseException | None, name: str) -> str:
     return ""
 
 
-def reset_peak_memory() -> None:
-    """Let the system have what earlier work freed and glibc keeps, and `peak_memory` count from now on, where that can be done (Linux)."""
+def release_memory() -> None:
+    """Let the system have what earlier work is done with: models, which refer to themselves, and what glibc keeps of what was freed."""
+    gc.collect()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None:
         trim(0)
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory` count from now on, where the system can (Linux)."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:  # not Linux, or not allowed: the peak is then that of the whole process

@@ -20,7 +20,15 @@ from influence_kit.errors import UserError
 from influence_kit.files import sha256
 from influence_kit.runner.fingerprint import digest, name_of, source_digest, versions
 from influence_kit.runner.live import Progress, live
-from influence_kit.runner.machine import cache_root, circumstances, reset_peak_memory, say, storage_problem, threads
+from influence_kit.runner.machine import (
+    cache_root,
+    circumstances,
+    release_memory,
+    reset_peak_memory,
+    say,
+    storage_problem,
+    threads,
+)
 
 FORMAT = 1
 RESUME = "resume"
@@ -202,6 +210,7 @@ def _run(stage: Stage, progress: Progress, force: bool) -> None:
     # As JSON gives them back, so that the function sees what the fingerprint saw (a tuple is a list).
     parameters = json.loads(json.dumps(stage.parameters))
     started = time.monotonic()
+    release_memory()
     reset_peak_memory()
     with threads(stage.threads):
         try:
