@@ -298,15 +298,15 @@ def scan(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None
     from influence_kit.engine.factors import Factors
 
     world, model = World.load(inputs["world"]), models.load_pretrained(source_of(parameters, inputs))
-    known = Factors.load(inputs["factors"] / "factors.safetensors")
     asked, rows = with_role(world.queries, *parameters["asked"]), with_role(world.sequences, *parameters["scored"])
     if not len(asked):
         raise UserError(
             f"no {parameters['asked'][0]} is short enough for the {context_of(model.config)} tokens that the model reads: give another model"
             + ", or prompts of your own by queries=" * ("prompt" in parameters["asked"])
         )
-    found = _scored(parameters, world, model, known, asked, rows, out, progress)
     log_p, correct = models.evaluate(model, batch_of(world.queries, asked), batch_size=8)
+    known = Factors.load(inputs["factors"] / "factors.safetensors")  # after the logits, whose memory it takes
+    found = _scored(parameters, world, model, known, asked, rows, out, progress)
     _keep(out, **found, rows=torch.from_numpy(rows), queries=torch.from_numpy(asked), log_p=log_p, correct=correct)
 
 
@@ -401,8 +401,8 @@ def untrained(parameters: dict, inputs: dict[str, Path], out: Path, progress) ->
     known = fit_ekfac(model, batch, tracked(parameters, inputs), seed=parameters["seed"])
     rng = np.random.default_rng([parameters["seed"], 0x0])
     rows = np.sort(rng.permutation(pool)[: parameters["sequences"]])
-    found = _scored(parameters, world, model, known, asked, rows, out, progress)
     log_p, correct = models.evaluate(model, batch_of(world.queries, asked), batch_size=8)
+    found = _scored(parameters, world, model, known, asked, rows, out, progress)
     _keep(out, **found, rows=torch.from_numpy(rows), queries=torch.from_numpy(asked), log_p=log_p, correct=correct)
 
 

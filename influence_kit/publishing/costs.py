@@ -26,12 +26,12 @@ QUERIES = 110  # scored
 # Seconds on two cores and bytes of the stages that read a model from elsewhere, seen at 135 million weights.
 FOREIGN = {
     "candidates": (20, 2e9),
-    "factors": (650, 3.5e9),
-    "scan": (300, 5e9),
-    "steps": (150, 2.5e9),
-    "random": (120, 4.5e9),
-    "rounded": (100, 4e9),
-    "cards": (60, 4e9),
+    "factors": (540, 3.5e9),
+    "scan": (150, 4e9),
+    "steps": (110, 3.5e9),
+    "random": (80, 4.5e9),
+    "rounded": (95, 4e9),
+    "cards": (50, 4e9),
 }
 SEEN = 540_000_000  # bytes of that model's weights
 BASE = 600_000_000  # bytes of a process that has loaded torch
