@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ONEDNN = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # whose precision says which library multiplies
 SMALL = 1 << 20  # multiplications: below, oneDNN takes longer to begin than it saves
 LARGE = 5_000_000  # weights: what takes longer by oneDNN no longer matters beside what does not
-SHORT = 256  # tokens: of more, attention's weights [T, T] take more memory than all else that a pass keeps
+SHORT = 256  # tokens: of more, attention's weights, [T, T] a head, are no longer little beside what else a pass keeps
 
 
 def products_of(model: nn.Module) -> torch.dtype:

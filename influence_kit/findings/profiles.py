@@ -291,7 +291,8 @@ class RealModel(_Strict):
 
     A size without `pretrained` is a model of random weights, for tests. Of each source `numbers` sequences of `shortest` to
     `longest` tokens are taken, `translated` of each other language of the help; `aligned` paragraphs in every language. Factors are
-    fitted on `fit` sequences of `length` tokens, of these texts and `more` of a source, which are not scored; `rank` is that of directions of facts and paragraphs; `step` is added to every weight.
+    fitted on `fit` sequences of `length` tokens, of these texts and `more` of a source, which are not scored; `rank` is that of
+    queries' directions; `step` is added to every weight.
     Models of `family` are read as `model` is, and their numbers stand beside its by size.
     """
 
