@@ -23,13 +23,16 @@ FEED_FORWARD = r"(^|\.)fc[12]$"  # as OPT and its kin call the two maps of a fee
 
 def check_own(given: Mapping[str, object]) -> None:
     """Raise UserError unless what is given as `model` and `texts` of the user's own (with `sha256` and `terms`) can be read, and tracked, and
-    the model has embeddings for the tokens of the first texts."""
+    the longest texts leave something to predict, of tokens that the model has embeddings for."""
     model, texts, sha256, terms = (str(given.get(name, "")) for name in ("model", "texts", "sha256", "terms"))
-    first = own_text(texts)["text"][:100].to_pylist() if texts else []
+    longest = sorted(own_text(texts)["text"].to_pylist(), key=len)[-100:] if texts else []
     if model and not model_of(model, sha256, terms)[1]:  # what is fetched first is looked at then
         layers_of(model)
         config, tokenizer = check_model(model_source(model))
-        check_vocabulary(in_pieces(tokenizer, first, 128, None)[0], config.get_text_config().vocab_size)
+        ids, _, _ = in_pieces(tokenizer, [text[:2000] for text in longest], 128, None)
+        if texts and not len(ids):
+            raise UserError(f"texts={texts!r}: none has two tokens, so there is nothing to predict: give longer ones")
+        check_vocabulary(ids, config.get_text_config().vocab_size)
 
 
 def layers_of(model: str) -> str:

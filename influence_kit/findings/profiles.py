@@ -55,6 +55,14 @@ PLANTED: dict[str, type] = {
     "procedures": Procedures,
     "little_atlas": Atlas,
 }
+# What can be asked in each: the kinds of its queries.
+QUERY_KINDS: dict[type, tuple[str, ...]] = {
+    Atlas: ("fact", "alone", "translation", "canary"),
+    Ladder: ("rule",),
+    Cast: ("query",),
+    Deep: ("fact", "translation", "quote", "rule", "role-play"),
+    Procedures: ("maths", "code"),
+}
 REAL_TEXT = ("text", "little_text", "dialogue", "real")  # sections that read what has to be downloaded
 LARGEST_SEED = 2**32 - 1  # that every generator of random numbers takes
 
@@ -220,6 +228,15 @@ class _Grid(_Strict):
                     )
         return extra
 
+    def check_kinds(self, known: tuple[str, ...]) -> None:
+        """Raise ValueError where kinds of queries are named that the world does not ask."""
+        asked = {"scan.kinds": self.scan.kinds}
+        asked |= {f"extra.{kind}.asked": own.get("asked", ()) for kind, own in self.extra.items()}
+        for place, kinds in asked.items():
+            if unknown := [short(kind) for kind in kinds if kind not in known]:
+                allowed = f"must be of {', '.join(known)}" if known else "must be empty: these queries are of one kind"
+                raise ValueError(f"{place}: {', '.join(unknown)} {allowed}")
+
 
 class PlantedGrid(_Grid):
     """A world with planted truth and its arms ("base" is the world as it stands)."""
@@ -261,6 +278,7 @@ class TextGrid(_Grid):
     def _known(self):
         _check_source(self, WRITTEN)
         _check(ParallelText, self.world, "world: ", never=("seed",))
+        self.check_kinds(())
         if self.scan.fractions and any(size.pretrained for size in self.family.sizes):
             raise ValueError("pretrained models have no checkpoints along training: scan.fractions must be empty")
         return self
@@ -276,6 +294,7 @@ class DialogueGrid(PlantedGrid):
     def _lines(self):
         _check_source(self, SPOKEN)
         self.check_worlds(Dialogue)
+        self.check_kinds(())
         return self
 
 
@@ -359,6 +378,7 @@ class Profile(_Strict):
         if grid is not None:
             world = PLANTED[str(about.field_name)]
             grid.check_worlds(world)
+            grid.check_kinds(QUERY_KINDS[world])
             for name, arm in grid.arms.items():
                 if arm.without and world is not Atlas:
                     raise ValueError(

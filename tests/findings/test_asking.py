@@ -121,6 +121,15 @@ def test_what_cannot_be_tracked_is_refused_by_name_within_a_second(kind, told, t
     assert "\n" not in str(caught.value) and time.process_time() - began < 1.5
 
 
+def test_texts_that_leave_nothing_to_predict_are_refused_before_any_work(tmp_path):
+    model = saved(tmp_path, "llama")
+    (tmp_path / "short.jsonl").write_text('{"text": "T"}\n' * 3)
+    with pytest.raises(UserError, match="texts='.*short.jsonl': none has two tokens, .*: give longer ones"):
+        check_own({"model": model, "texts": str(tmp_path / "short.jsonl")})
+    (tmp_path / "short.jsonl").write_text('{"text": "T"}\n' * 300 + '{"text": "The harbour lies north."}\n')
+    check_own({"model": model, "texts": str(tmp_path / "short.jsonl")})
+
+
 def test_a_gguf_file_is_asked_as_a_folder_is(tmp_path, cache):
     write_llama(tmp_path / "tiny.gguf", TEXTS, quantised=True)
     (tmp_path / "notes.txt").write_text("\n\n".join(TEXTS * 2))

@@ -1,16 +1,18 @@
 """Profiles: all that ship are valid, unknown keys and names are refused in one line; grids follow from them."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from influence_kit.corpora.world import World
+from influence_kit.corpora.worlds.atlas import Atlas
 from influence_kit.errors import UserError
 from influence_kit.findings import discovery
 from influence_kit.findings import families as grid
 from influence_kit.findings.is_ekfac_right import middle_width
-from influence_kit.findings.profiles import FOLDER, PLANTED, load_profile, profile_names
+from influence_kit.findings.profiles import FOLDER, PLANTED, QUERY_KINDS, load_profile, profile_names
 from influence_kit.publishing.costs import cost_of, shape
 from influence_kit.runner import machine
 
@@ -80,6 +82,10 @@ def test_unknown_profile_lists_the_known_ones():
         ),
         (("little_atlas", "extra", "rivals", "lissa", "depth"), -1, "rivals.lissa.depth=-1 must be above 0"),
         (("text", "extra", "layers", "k"), 1, "unknown parameter 'k'; known are none"),
+        (("atlas", "scan", "kinds"), ["alones"], "scan.kinds: 'alones' must be of fact, alone, translation, canary"),
+        (("ladder", "extra", "solved", "asked"), ["rule", "fact"], "extra.solved.asked: 'fact' must be of rule"),
+        (("text", "scan", "kinds"), ["fact"], "scan.kinds: 'fact' must be empty: these queries are of one kind"),
+        (("dialogue", "scan", "kinds"), ["line"], "scan.kinds: 'line' must be empty"),
         (("text", "source"), "wikipedia", "source 'wikipedia' is not one of libreoffice, debs, folder"),
         (("text", "source"), "debs", "a folder goes with the source 'debs' or 'folder', and .* needs one"),
         (("atlas", "arms", "wide"), {"widths": [48]}, r"wide asks for widths \[48\], the family has \[16, 32\]"),
@@ -273,6 +279,14 @@ def test_a_profile_may_leave_a_world_out(tmp_path):
     assert grid.planted_grid(profile, "atlas")
     with pytest.raises(UserError, match="no world is called 'map': choose one of atlas, "):
         grid.planted_grid(profile, "map")
+
+
+@pytest.mark.parametrize("corpus", PLANTED)
+def test_the_kinds_of_queries_that_a_profile_may_name_are_those_of_the_world(corpus):
+    section, world = getattr(load_profile("smoke"), corpus), PLANTED[corpus]
+    asked = world(**section.of_arm("base", 11) | ({"alone": 2} if world is Atlas else {}))
+    made = sys.modules[world.__module__].build(asked)
+    assert set(made.queries["kind"].to_pylist()) == set(QUERY_KINDS[world])
 
 
 def test_arms_change_the_world_and_nothing_else():
