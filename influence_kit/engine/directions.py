@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .blas import matmul
-from .factors import Factors, Rotated, Rotator, rotate_columns, rotate_rows
+from .factors import Factors, Rotated, Rotator, inverse, rotate_columns, rotate_rows
 from .gradients import Recorder, TokenGradients, device_of, dtype_of, frozen
 from .passes import rows_within, sequence_gradients
 from .sequences import batch_rows, count, read_batch
@@ -166,16 +166,16 @@ class Directions:
         self._shelf.put(f"{name} {rows.start}/right", right.T.contiguous())
 
     def contract(
-        self, name: str, found: TokenGradients, rotator: Rotator, inverse: Tensor | None = None
+        self, name: str, found: TokenGradients, rotator: Rotator, damping: float | None = None
     ) -> tuple[Tensor, Tensor]:
-        """One layer's share of the scores [Q, B] of a batch, and of its whitened squared norms [B] under `inverse` [P, M'],
-        the inverse of the damped eigenvalues (zeros without it; with it both sides must be rotated)."""
+        """One layer's share of the scores [Q, B] of a batch, and of its whitened squared norms [B] under the eigenvalues with
+        this `damping` (zeros without it; with it both sides must be rotated)."""
         layer, rotated = self.layers[name], self.rotated[name]
         scores = found.outputs.new_zeros(self.count, len(found.outputs))
         norms = found.outputs.new_zeros(len(found.outputs))
         if self.rank is not None:
             scores = self._low_rank_scores(name, *rotator.tokens(layer, found, rotated))
-            if inverse is None:
+            if damping is None:
                 return scores, norms
         pieces = (
             [] if self.rank is not None else [(q, self._shelf.get(k, self._buffers)) for q, k in self._pieces[name]]
@@ -186,12 +186,14 @@ class Directions:
                 column_sums = rotate_columns(column_sums, layer.outputs)
             scores += self._bias[name] @ column_sums.T
             found = found._replace(bias=False)
+        # Of every layer at once it would be as much again as all eigenvalues.
+        whitening = None if damping is None else inverse(layer.damped(damping))
         for some, rows, gradient in rotator.pieces(layer, found, rotated):
             start, flat = (rows.start or 0) * gradient.shape[2], gradient.flatten(1)
             for asked, V in pieces:
                 scores[asked, some] += matmul(V[:, start : start + flat.shape[1]], flat.T)
-            if inverse is not None:
-                norms[some] += flat.square_() @ inverse[rows].flatten()
+            if whitening is not None:
+                norms[some] += flat.square_() @ whitening[rows].flatten()
         return scores, norms
 
     def of_query(self, name: str, query: int) -> Tensor:

@@ -204,8 +204,10 @@ def rotate_columns(gradient: Tensor, basis: Basis, back: bool = False, buffers: 
 
 def inverse(damped: Tensor) -> Tensor:
     """1 / (Lambda + lambda) [P, W], zero in the columns that align the rows of a gradient."""
-    found = damped.new_zeros(len(damped), aligned_width(damped.shape[1]))
-    found[:, : damped.shape[1]] = 1 / damped
+    if (wide := aligned_width(damped.shape[1])) == damped.shape[1]:
+        return damped.reciprocal()
+    found = damped.new_zeros(len(damped), wide)
+    torch.reciprocal(damped, out=found[:, : damped.shape[1]])
     return found
 
 

@@ -125,10 +125,10 @@ def fit_ekfac(
             all_reduce([source.labels, source.counted])
     drawn, details["tokens"] = source.labels.cpu(), int(source.counted.sum())
     del source
-    release_freed()
     barrier()
     state.forget()
     fitted = {n: LayerFactors(*bases[n], eigenvalues.pop(n).to(dtype_of(model))) for n in chosen}
+    release_freed()
     return Factors(fitted, drawn, details)
 
 

@@ -235,9 +235,10 @@ def _scan(s: _Sizes) -> list[Stage]:
     directions, each = float(s.number * Q * sum(held)), work.sequences / work.ranks
     filed = max(directions - work.memory, 0)
     beside = s.batch(score) + s.factors + directions - filed + (filed > 0) * s.number * Q * max(held)
-    solving = s.number * (s.numbers + 4 * max(QUERY_BLOCK, *(P * M for P, M, _ in s.layers)))
+    largest = max(P * M for P, M, _ in s.layers)
+    solving = s.number * (s.numbers + 4 * max(QUERY_BLOCK, largest))
     scores = s.number * work.sequences * (Q + norms) if work.top is None else 2 * Q * work.top * (s.number + 8)
-    scanning = beside + norms * s.number * s.numbers + scores
+    scanning = beside + norms * 2 * s.number * largest + scores  # the damped eigenvalues of a layer, and their inverse
     return [
         Stage("queries", Q * asked, beside + solving, filed, 0, filed),
         Stage("scan", each * scanned, scanning, filed, scores, filed * each / s.batch_size(score)),

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .directions import Directions, rotated_sides
-from .factors import Factors, Rotator, inverse
+from .factors import Factors, Rotator
 from .files import digest
 from .gradients import Recorder, device_of, frozen
 from .passes import rows_within, sequence_gradients
@@ -267,7 +267,7 @@ class Sweep:
         factors: Beside the model (`Factors.beside`).
         sequences: What is read.
         directions: Preconditioned query gradients.
-        inverse: By layer the inverse of the damped eigenvalues, for whitened norms; empty without them.
+        damping: Of the eigenvalues, for whitened norms; None without them.
         batch_size: Sequences read at a time.
         by_layer: Whether every layer's share is kept.
         about: All that the results rest on beside weights and sequences.
@@ -278,7 +278,7 @@ class Sweep:
     factors: Factors
     sequences: Mapping[str, Tensor]
     directions: Directions
-    inverse: Mapping[str, Tensor]
+    damping: float | None
     batch_size: int
     by_layer: bool
     about: tuple
@@ -313,10 +313,11 @@ class Sweep:
         refined = refined_by(refine, refine_on, model, factors, queries, damping, **how)
         directions = Directions(model, beside, queries, damping, rotated, rank, batch_size, memory, refined)
         check_norms(directions.norms)
-        whitening = {n: inverse(layer.damped(damping)) for n, layer in beside.layers.items()} if norms else {}
         about = (corpus_digest(queries), damping, batch_size, by_layer, norms, rank)
         about += () if refined is None else (directions.norms.tolist(),)  # type: ignore[assignment]
-        return Sweep(model, beside, sequences, directions, whitening, batch_size, by_layer, about, refined)
+        return Sweep(
+            model, beside, sequences, directions, damping if norms else None, batch_size, by_layer, about, refined
+        )
 
     @contextmanager
     def state(self, folder: str | os.PathLike | None, *purpose: object) -> Iterator[State]:
@@ -373,11 +374,11 @@ class Sweep:
         batch = read_batch(self.sequences, rows, device := device_of(self.model))
         shares, norms = [], []
         for name, found in sequence_gradients(self.model, recorder, batch)[0].items():
-            scores, norm = self.directions.contract(name, found, rotator, self.inverse.get(name))
+            scores, norm = self.directions.contract(name, found, rotator, self.damping)
             shares.append(scores.to(device))
             norms.append(norm.to(device))
         part = {"values": torch.stack(shares).sum(0).cpu()}
-        if self.inverse:
+        if self.damping is not None:
             part["self_influence"] = torch.stack(norms).sum(0).cpu()
         if self.by_layer:
             part["by_layer"] = torch.stack(shares, 2).cpu()
