@@ -104,6 +104,19 @@ def _asked(queries: Mapping[str, Tensor], damping: float) -> dict:
     return {"queries": row_digests(read_batch(queries, slice(0, count(queries)))).tolist(), "damping": damping}
 
 
+class Diverges(ValueError):
+    """A query whose solve does not converge.
+
+    Args:
+        query: Which of those that were asked for.
+        told: What is left of its equation, and the remedy.
+    """
+
+    def __init__(self, query: int, told: str) -> None:
+        super().__init__(told)
+        self.query = query
+
+
 def refine(
     model: nn.Module,
     factors: Factors,
@@ -139,7 +152,8 @@ def refine(
         progress: Called with (iterations done, iterations to do), counted once a query.
 
     Raises:
-        ValueError: What cannot be solved with, or a query whose solve does not converge.
+        ValueError: What cannot be solved with.
+        Diverges: A query whose solve does not converge.
 
     Cost: iterations + 1 products (`GaussNewton.product`) a query and sequence of the sample, and with n drawn gradients
     n^2 D + n^3 multiplications once, 2 n D an iteration and query.
@@ -335,10 +349,11 @@ class _Solver:
         left = found.r.norm(dim=1) / found.size
         for query, (now, least) in enumerate(zip(left.tolist(), found.lowest.tolist(), strict=True), rows.start):
             if not now <= max(GROWN * least, 1):
-                raise ValueError(
+                raise Diverges(
+                    query,
                     f"query {query} does not converge: {now:.3g} of its gradient is left after {self.iterations} iterations, "
                     f"{least:.3g} was at best; raise damping={self.curvature.damping:g}, or give refine_on more than "
-                    f"{self.curvature.total} sequences"
+                    f"{self.curvature.total} sequences",
                 )
         return found.x, left
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from influence_kit.corpora.world import World, batch_of
+from influence_kit.errors import UserError
 from influence_kit.findings.common import fraction_of
 from influence_kit.findings.profiles import Profile
 from influence_kit.findings.trained import Trained, read_scan
@@ -29,6 +30,7 @@ WAYS = ("EK-FAC", "solved further")
 def solved(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
     """Solve the directions of some of a scan's queries further (`engine.refine`) and score what the scan scored. Write scores.safetensors
     (values [Q, N] in nats at epsilon = 1, rows [N] and queries [Q], positions in the world's tables) and solves.parquet (query, residual, fresh_residual, iterations).
+    A query whose solve does not converge has no scores, nor have those of other kinds at its place; what is left of their equations is nan.
 
     Args:
         parameters: asked (kinds of queries), queries (how many of each kind, the first of the scan), sequences (solved on, and as many fresh; none of the
@@ -39,37 +41,54 @@ def solved(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> No
 
     from influence_kit import models
     from influence_kit.engine.factors import Factors
-    from influence_kit.engine.refine import refine
+    from influence_kit.engine.refine import Diverges, refine
     from influence_kit.engine.scans import score
 
     world = World.load(inputs["world"])
     scan = read_scan(inputs["influence"], world.sequences.num_rows)
     kinds = world.queries["kind"].to_numpy(zero_copy_only=False)[scan.queries]
-    places = [np.flatnonzero(kinds == kind)[: parameters["queries"]] for kind in parameters["asked"]]
-    queries = scan.queries[np.sort(np.concatenate(places))]
+    asked = [np.flatnonzero(kinds == kind)[: parameters["queries"]] for kind in parameters["asked"]]
+    places = scan.queries[np.stack([found[: min(map(len, asked))] for found in asked], 1)]  # [place, kind]
+    lost: list[int] = []
     unseen = np.setdiff1d(np.arange(world.sequences.num_rows), scan.rows)
     drawn = np.random.default_rng([parameters["seed"], SALT]).permutation(unseen)
     on, fresh = (np.sort(part) for part in np.split(drawn[: 2 * parameters["sequences"]], 2))
     model = models.load(inputs["model"], fraction_of(parameters, inputs, world), parameters["device"])
     factors = Factors.load(inputs["influence"] / "factors.safetensors")
-    asked, damping = batch_of(world.queries, queries), parameters["damping"]
-    solve = refine(
-        model,
-        factors,
-        asked,
-        batch_of(world.sequences, on),
-        parameters["iterations"],
-        others=batch_of(world.sequences, fresh),
-        damping=damping,
-        preconditioner="ekfac",
-        progress=lambda done, to_do: progress(0.9 * done / to_do, 1, "solve"),
-    )
+    damping, solve = parameters["damping"], None
+    while solve is None:
+        queries = np.sort(places.ravel())
+        if not len(queries):
+            raise UserError(
+                "no query's solve converges: give more sequences under solved in the profile, or leave solved out"
+            )
+        try:
+            solve = refine(
+                model,
+                factors,
+                batch_of(world.queries, queries),
+                batch_of(world.sequences, on),
+                parameters["iterations"],
+                others=batch_of(world.sequences, fresh),
+                damping=damping,
+                preconditioner="ekfac",
+                progress=lambda done, to_do: progress(0.9 * done / to_do, 1, "solve"),
+            )
+        except Diverges as error:
+            gone = (places == queries[error.query]).any(1)
+            lost += places[gone].ravel().tolist()
+            places = places[~gone]
     seen = batch_of(world.sequences, scan.rows)
-    values = score(model, factors, asked, seen, damping, self_influence=False, refine=solve).values
+    values = score(
+        model, factors, batch_of(world.queries, queries), seen, damping, self_influence=False, refine=solve
+    ).values
     tensors = {"values": values, "rows": torch.from_numpy(scan.rows), "queries": torch.from_numpy(queries)}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / "scores.safetensors")
     left = {name: getattr(solve.about, name).tolist() for name in ("residual", "fresh_residual")}
-    table = pa.table({"query": queries, **left, "iterations": [parameters["iterations"]] * len(queries)})
+    nothing = [float("nan")] * len(lost)
+    left = {name: values + nothing for name, values in left.items()}
+    every = [*queries.tolist(), *lost]
+    table = pa.table({"query": every, **left, "iterations": [parameters["iterations"]] * len(every)})
     pq.write_table(table, out / "solves.parquet")
 
 
@@ -121,6 +140,12 @@ def told(runs: Iterable[Trained], fraction: float | str = READ):
         if len(good) == len(medians)
         else ", ".join(f"{size_label(size)} weights" for size in good.index)
     )
+    lost = int(table["fresh_residual"].isna().sum())
+    apart = (
+        f" {lost} of {len(table)} queries are left out: their solve, or that of their other form, does not converge."
+        if lost
+        else ""
+    )
     return Markdown(
         f"After {table['iterations'].max()} iterations, of the median query's equation {parts} is left on other sequences; "
         + (
@@ -128,4 +153,5 @@ def told(runs: Iterable[Trained], fraction: float | str = READ):
             if len(good)
             else f"at none less than {CONVERGED:g}: these scores have not converged, and say nothing."
         )
+        + apart
     )

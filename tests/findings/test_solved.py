@@ -3,13 +3,16 @@
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.torch import load_file
 
 from influence_kit import score
 from influence_kit.corpora.world import batch_of
+from influence_kit.engine import refine
 from influence_kit.findings import families as grid
 from influence_kit.findings import solved
 from influence_kit.findings.profiles import PlantedGrid, load_profile
 from influence_kit.findings.trained import Trained
+from influence_kit.runner.stages import ensure
 
 ITERATIONS = 24
 
@@ -78,6 +81,33 @@ def test_what_is_left_is_told_by_size_and_what_has_not_converged_says_nothing(ru
     )
     monkeypatch.setattr(solved, "CONVERGED", median - 0.01)
     assert "have not converged, and say nothing" in solved.told([run], 1.0).data
+
+
+def test_a_query_whose_solve_does_not_converge_is_left_out_with_its_other_form_and_ends_no_run(
+    run, monkeypatch, tmp_path
+):
+    stage, whole = run.planned.extra["solved", 1.0], run.by("solved").scan(kind=None)
+    solve = refine.refine
+
+    def once(model, factors, queries, *given, **known):
+        if len(queries["input_ids"]) == 4:
+            raise refine.Diverges(0, "query 0 does not converge")
+        return solve(model, factors, queries, *given, **known)
+
+    monkeypatch.setattr(refine, "refine", once)
+    with pytest.warns(UserWarning, match="refine_on has 300 sequences"):
+        solved.solved(
+            stage.parameters, {n: ensure(one) for n, one in stage.inputs.items()}, tmp_path, lambda *told: None
+        )
+    table = pd.read_parquet(tmp_path / "solves.parquet")
+    kept, lost = table[table["residual"].notna()]["query"], table[table["residual"].isna()]["query"]
+    kinds = run.world.queries["kind"].to_numpy(zero_copy_only=False)
+    assert sorted([*kept, *lost]) == whole.queries.tolist() and whole.queries[0] in lost.tolist()
+    assert sorted(kinds[lost]) == sorted(kinds[kept]) == ["canary", "fact"]
+    values = load_file(tmp_path / "scores.safetensors")
+    assert values["queries"].tolist() == kept.tolist() and values["values"].shape == (2, 90)
+    monkeypatch.setattr(solved, "unsolved", lambda *given: table.assign(size=1))
+    assert "2 of 4 queries are left out" in solved.told([run], 1.0).data
 
 
 def test_a_profile_that_solves_nothing_further_shows_nothing(run):
