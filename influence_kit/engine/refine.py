@@ -105,16 +105,16 @@ def _asked(queries: Mapping[str, Tensor], damping: float) -> dict:
 
 
 class Diverges(ValueError):
-    """A query whose solve does not converge.
+    """Queries whose solve does not converge.
 
     Args:
-        query: Which of those that were asked for.
-        told: What is left of its equation, and the remedy.
+        queries: Which of those that were asked for; others, that were to be solved for later, may be such too.
+        told: What is left of the first one's equation, and the remedy.
     """
 
-    def __init__(self, query: int, told: str) -> None:
+    def __init__(self, queries: list[int], told: str) -> None:
         super().__init__(told)
-        self.query = query
+        self.queries = queries
 
 
 def refine(
@@ -153,7 +153,7 @@ def refine(
 
     Raises:
         ValueError: What cannot be solved with.
-        Diverges: A query whose solve does not converge.
+        Diverges: Queries whose solve does not converge.
 
     Cost: iterations + 1 products (`GaussNewton.product`) a query and sequence of the sample, and with n drawn gradients
     n^2 D + n^3 multiplications once, 2 n D an iteration and query.
@@ -347,14 +347,13 @@ class _Solver:
         if kept < found.done:
             self._keep(name, found)
         left = found.r.norm(dim=1) / found.size
-        for query, (now, least) in enumerate(zip(left.tolist(), found.lowest.tolist(), strict=True), rows.start):
-            if not now <= max(GROWN * least, 1):
-                raise Diverges(
-                    query,
-                    f"query {query} does not converge: {now:.3g} of its gradient is left after {self.iterations} iterations, "
-                    f"{least:.3g} was at best; raise damping={self.curvature.damping:g}, or give refine_on more than "
-                    f"{self.curvature.total} sequences",
-                )
+        if bad := (~(left <= (GROWN * found.lowest).clamp(min=1))).nonzero().flatten().tolist():
+            raise Diverges(
+                [rows.start + place for place in bad],
+                f"query {rows.start + bad[0]} does not converge: {left[bad[0]]:.3g} of its gradient is left after {self.iterations} "
+                f"iterations, {found.lowest[bad[0]]:.3g} was at best; raise damping={self.curvature.damping:g}, or give refine_on "
+                f"more than {self.curvature.total} sequences",
+            )
         return found.x, left
 
     def _kept(self, name: str, v: Tensor) -> Iterate | None:

@@ -60,7 +60,8 @@ def solved(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> No
         queries = np.sort(places.ravel())
         if not len(queries):
             raise UserError(
-                "no query's solve converges: give more sequences under solved in the profile, or leave solved out"
+                f"solved: of no query of the kinds {parameters['asked']} does the solve converge: give more sequences than "
+                f"{parameters['sequences']} in the profile, or leave solved out"
             )
         try:
             solve = refine(
@@ -75,7 +76,7 @@ def solved(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> No
                 progress=lambda done, to_do: progress(0.9 * done / to_do, 1, "solve"),
             )
         except Diverges as error:
-            gone = (places == queries[error.query]).any(1)
+            gone = np.isin(places, queries[error.queries]).any(1)
             lost += places[gone].ravel().tolist()
             places = places[~gone]
     seen = batch_of(world.sequences, scan.rows)

@@ -12,7 +12,7 @@ from influence_kit import build_index, fit_ekfac, score, token_scores, top_score
 from influence_kit.engine import products, resume
 from influence_kit.engine import refine as module
 from influence_kit.engine.products import GaussNewton
-from influence_kit.engine.refine import refine
+from influence_kit.engine.refine import Diverges, refine
 from influence_kit.referees.pbrf import in_float64
 
 pytestmark = pytest.mark.filterwarnings("ignore:refine_on has:UserWarning", "ignore:layers=:UserWarning")
@@ -274,9 +274,13 @@ def test_what_does_not_converge_is_refused(monkeypatch):
     )
     factors = fit_ekfac(model, sample)
     plain = GaussNewton.product
-    with monkeypatch.context() as changed, pytest.raises(ValueError, match=r"query 0 does not converge: nan of its"):
+    with (
+        monkeypatch.context() as changed,
+        pytest.raises(Diverges, match=r"query 0 does not converge: nan of its") as caught,
+    ):
         changed.setattr(GaussNewton, "product", lambda self, v: plain(self, v) * torch.nan)
         score(model, factors, queries, sample, refine=2, refine_on=sample)
+    assert caught.value.queries == [0, 1]  # all at once, so that who leaves them out solves once more, not twice
     generator = torch.Generator().manual_seed(0)
 
     def noisy(self, v):

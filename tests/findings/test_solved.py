@@ -91,7 +91,7 @@ def test_a_query_whose_solve_does_not_converge_is_left_out_with_its_other_form_a
 
     def once(model, factors, queries, *given, **known):
         if len(queries["input_ids"]) == 4:
-            raise refine.Diverges(0, "query 0 does not converge")
+            raise refine.Diverges([0], "query 0 does not converge")
         return solve(model, factors, queries, *given, **known)
 
     monkeypatch.setattr(refine, "refine", once)
