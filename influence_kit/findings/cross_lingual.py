@@ -3,8 +3,9 @@ translations in real text.
 
 The number fixed beforehand is the paper's design (Figs 15, 16). A question asks for a fact that its language alone states;
 its translation is never answered by any sequence. Of the influence that the 10 strongest sequences of the question's language
-have on it, how much have they on its translation? L10 is the one sum over the other, of influence on the answer's log-odds:
-on log p it vanishes as p comes near 1, for the question sooner than for its translation. 0: nothing crosses; 1: language does not matter.
+have on it, how much have they on its translation? L10 is the median over facts of the one sum over the other, of influence on the
+answer's log-odds: on log p it vanishes as p comes near 1, for the question sooner than for its translation. 0: nothing crosses; 1:
+language does not matter. A seed's number for a size rests on all models of that size that were trained on its world.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from influence_kit.findings.profiles import Profile
 from influence_kit.findings.solved import chosen
 from influence_kit.findings.trained import Trained
 from influence_kit.measures.checkpoints import READ, nearest
-from influence_kit.measures.intervals import Estimate, estimate_of, ratio_of_means
+from influence_kit.measures.intervals import Estimate, estimate_of
 from influence_kit.measures.lexical import idf_overlap, shares_tokens, target_counts
 from influence_kit.measures.lifts import auc, recall_at
 from influence_kit.recipes import tuples
@@ -30,14 +31,20 @@ from influence_kit.recipes import tuples
 if TYPE_CHECKING:
     import pandas
 
-L10 = ["crossed", "own"]
+KNOWN = ["crossed", "own"]
 STRONGEST = 10
 
 
 def reads(profile: Profile) -> list[Planned]:
     """Atlas at the end and at equal loss, and real text."""
-    found = planted_grid(profile, "atlas", fractions=(END, READ)) + text_grid(profile)
+    found = planted_grid(profile, "atlas", on_one_world(profile), fractions=(END, READ)) + text_grid(profile)
     return found + planted_grid(profile, "atlas", **chosen(profile, "atlas"))
+
+
+def on_one_world(profile: Profile) -> list[str]:
+    """Arms of Atlas whose models are trained on the world as it stands: the first ones, and those trained again."""
+    arms = profile.atlas.arms if profile.atlas else {}
+    return ["base", *(name for name, arm in arms.items() if arm.again)]
 
 
 def per_odds(values: np.ndarray, log_p: np.ndarray) -> np.ndarray:
@@ -81,7 +88,8 @@ def answered(run: Trained, kind: str, fraction: Fraction = END) -> pandas.DataFr
 
 def read(run: Trained, score: str, k: int = STRONGEST, fraction: Fraction = END) -> pandas.DataFrame:
     """`strongest_sums` of a model's scan in one form of the score, at a checkpoint, a row a fact that one language alone
-    states; with log p and correct there, of the question (`log_p`, `knows`) and its translation (`transferred`)."""
+    states; `crosses` and `strays`, what is crossed and what is unrelated as a share of its own; with log p and correct there, of the
+    question (`log_p`, `knows`) and its translation (`transferred`)."""
     kinds = ("alone", "translation")
     scans = [run.scan(fraction, kind) for kind in kinds]
     told = [answered(run, kind, fraction).loc[scan.queries] for kind, scan in zip(kinds, scans, strict=True)]
@@ -92,12 +100,13 @@ def read(run: Trained, score: str, k: int = STRONGEST, fraction: Fraction = END)
     found = strongest_sums(own, translated, told[0]["language"].to_numpy(), spoken, k)
     answers = {"log_p": told[0]["log_p"], "knows": told[0]["correct"], "transferred": told[1]["correct"]}
     found = found.assign(**{name: column.to_numpy(float) for name, column in answers.items()})
+    found = found.assign(crosses=found["crossed"] / found["own"], strays=found["unrelated"] / found["own"])
     return found.assign(size=run.parameters, seed=run.seed, fraction=str(fraction))
 
 
 def crossing(rows: pandas.DataFrame) -> Estimate:
     """L10 of a table of `read`."""
-    return estimate_of(rows, L10, ratio_of_means, method="t")
+    return estimate_of(rows, "crosses", np.median)
 
 
 def dealt(run: Trained, fraction: Fraction = END) -> pandas.DataFrame:

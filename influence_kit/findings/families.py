@@ -31,6 +31,7 @@ from influence_kit.runner.stages import LIBRARIES, Stage
 from influence_kit.weights import WHEEL, gguf_source, is_gguf
 
 END = 1.0
+AGAIN = 1000  # what a further training of the same world adds to its seed
 Fraction = float | str  # of training, or READ
 
 
@@ -261,9 +262,11 @@ def _trained(
         return _pretrained(profile, grid.scan, seed, size, world, fractions)
     kind = f"{corpus} {size.architecture}".strip()
     name = f"{kind} {arm} {size.width}x{size.depth}, seed {seed}"
-    model = _model(grid.family, grid.scan, seed, size, world, name, profile.device)
+    again = 0 if arm == "base" else grid.arms[arm].again
+    model = _model(grid.family, grid.scan, seed + AGAIN * again, size, world, name, profile.device)
+    like = "base" if again else arm  # a model trained again is scanned as the first one was
     scans = {
-        fraction: _influence(profile, grid.scan, corpus, arm, seed, world, model, fraction, name)
+        fraction: _influence(profile, grid.scan, corpus, like, seed, world, model, fraction, name)
         for fraction in fractions
     }
     made = {

@@ -197,11 +197,19 @@ class Arm(_Strict):
     """A variation of a world, and which widths of the family are trained on it (all by default).
 
     without: `copies` trains on Atlas as it stands, with the copies of half of its canaries replaced in place.
+    again: 1, 2, … train on the world as it stands, from another initialisation and in another order of the later passes.
     """
 
     world: dict[str, Any] = {}
     without: Literal["", "copies"] = ""
+    again: int = Field(0, ge=0)
     widths: Several[int] | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _same_world(self):
+        if self.again and (self.world or self.without):
+            raise ValueError(f"again={self.again} trains on the world as it stands: leave out world and without")
+        return self
 
 
 class _Grid(_Strict):

@@ -14,7 +14,7 @@ def test_what_crosses_is_the_share_on_translations_of_the_strongest_in_the_quest
     found = strongest_sums(own, translated, asked, spoken, k=2)
     assert found["own"].tolist() == [12, 12, 12] and found["crossed"].tolist() == [3, 3, 3]
     assert found["unrelated"].tolist()[:2] == [0.25 * (1 + 8), 0.25 * (4 + 1)] and np.isnan(found["unrelated"][2])
-    assert crossing(found.assign(seed=1)).value == pytest.approx(0.25)
+    assert crossing(found.assign(crosses=found["crossed"] / found["own"], seed=1)).value == pytest.approx(0.25)
     shuffled = strongest_sums(own, translated[[1, 0, 2]], asked, spoken, k=2)
     assert shuffled["crossed"].tolist() != found["crossed"].tolist()
 

@@ -11,8 +11,10 @@ from influence_kit.corpora.worlds.atlas import Atlas
 from influence_kit.errors import UserError
 from influence_kit.findings import discovery
 from influence_kit.findings import families as grid
+from influence_kit.findings.cross_lingual import on_one_world
 from influence_kit.findings.is_ekfac_right import middle_width
 from influence_kit.findings.profiles import FOLDER, PLANTED, QUERY_KINDS, load_profile, profile_names
+from influence_kit.measures.checkpoints import READ
 from influence_kit.publishing.costs import cost_of, shape
 from influence_kit.runner import machine
 
@@ -96,6 +98,12 @@ def test_unknown_profile_lists_the_known_ones():
             5,
             "^profile own.yaml: cast: .*unknown parameter 'entities'; known are .*personas",
         ),
+        (
+            ("atlas", "arms", "bad"),
+            {"again": 1, "world": {"shuffled": True}},
+            "again=1 trains on the world as it stands: leave out world and without",
+        ),
+        (("atlas", "arms", "bad"), {"again": -1}, "again"),
         (
             ("cast", "arms", "bad"),
             {"world": {"answer_from": "memory"}},
@@ -297,6 +305,19 @@ def test_arms_change_the_world_and_nothing_else():
     assert turned.model.fingerprint != base.model.fingerprint
     assert not grid.planted_grid(profile, "atlas", ["both_orders"], widths=[32])  # the arm has no such width
     assert not grid.planted_grid(profile, "atlas", ["no_such_arm"])
+
+
+def test_a_model_is_trained_again_on_the_same_world_and_scanned_the_same_way():
+    profile = load_profile("smoke")
+    arms = on_one_world(profile)
+    assert len(arms) > 1
+    base, *others = (grid.planted_grid(profile, "atlas", [arm], (1.0, READ), [16], [11])[0] for arm in arms)
+    for again in others:
+        assert again.world.fingerprint == base.world.fingerprint and again.model.fingerprint != base.model.fingerprint
+        assert again.seed == base.seed and again.model.parameters["recipe"]["seed"] != base.seed
+        for at, scan in base.influence.items():
+            assert again.influence[at].parameters == scan.parameters
+            assert again.influence[at].fingerprint != scan.fingerprint
 
 
 @pytest.mark.parametrize("name", profile_names())
