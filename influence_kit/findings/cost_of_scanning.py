@@ -556,8 +556,12 @@ def coin(scan: Scanned) -> np.ndarray:
 
 
 def recall(rows: pandas.DataFrame) -> Estimate:
-    """Kept of the top sequences, over all of them."""
-    return estimate_of(rows[rows["top"] > 0], ["kept", "top"], ratio_of_means, bounds=(0, 1))
+    """Kept of the top sequences, over all of them. Where each query keeps all or each none, the interval is exact over queries."""
+    rows = rows[rows["top"] > 0]
+    share = rows["kept"] / rows["top"]
+    if share.nunique() == 1:
+        return estimate_of(rows.assign(share=share), "share", bounds=(0, 1))
+    return estimate_of(rows, ["kept", "top"], ratio_of_means, bounds=(0, 1))
 
 
 def by_relation(recalls: pandas.DataFrame) -> pandas.DataFrame:

@@ -79,18 +79,22 @@ def estimate_points(
     fig, ((ax,),) = blank(height=4.0, title=title)
     series = keys_of(df, hue) if hue else ["estimate, 95 % interval"]
     colours = colours_of(series, palette) if hue else {series[0]: look.INK}
-    # Intervals at one size stand beside each other, not on top of each other.
-    aside = {key: 1.06 ** (i - (len(series) - 1) / 2) if sizes else 1.0 for i, key in enumerate(series)}
+    # Intervals at one place stand beside each other, not on top of each other, and a seed's dots beside its bar.
+    shared = bool(hue) and bool((df.groupby(x)[hue].nunique() > 1).any())
+    step, dots = (0.06, 0.015) if sizes else (0.03, 0.008) if shared else (0.0, 0.0)
+    offset = {key: step * (i - (len(series) - 1) / 2) for i, key in enumerate(series)}
+    places = df[x].astype(float)
+    wide = 1.0 if sizes else float(numpy.ptp(numpy.log(places) if log_x else places)) / 3 or 1.0
 
-    def placed(rows: pandas.DataFrame) -> pandas.DataFrame:
+    def placed(rows: pandas.DataFrame, by: float = 0.0) -> pandas.DataFrame:
         named = rows.assign(_series=rows[hue] if hue else series[0])
-        return named.assign(_at=named[x].astype(float) * named["_series"].map(aside).astype(float))
+        at, moved = named[x].astype(float), wide * (named["_series"].map(offset).astype(float) + by)
+        return named.assign(_at=at * numpy.exp(moved) if sizes or log_x else at + moved)
 
     table, cut = cut_at_zero(df, "estimate") if log_y else (df, df[:0])
     seeds = each_seed(df, "estimate", per_seed)
-    if seeds is not None:  # beside the bar, or it would hide them
-        seeds = placed(seeds)
-        seeds["_at"] *= 0.985 if sizes else 1.0
+    if seeds is not None:
+        seeds = placed(seeds, -dots)
     draw_series(ax, placed(table), "_at", "estimate", hue="_series", colours=colours, joined=lines, per_seed=seeds)
     draw_references(ax, references)
     label_axes(ax, xlabel, ylabel, log_x=log_x, log_y=log_y)
