@@ -21,7 +21,7 @@ FLOPS = {
     "cuda": 2e13,
 }  # operations a second of one core, as seen over a whole run; of an H200, half of what it was seen to sustain
 PRODUCT = 0.06  # seconds of a curvature product for one query on a thousand sequences
-STEP = 0.012  # seconds of overhead of one training step
+STEP = 0.004  # seconds of overhead of one training step
 QUERIES = 110  # scored
 # Seconds on two cores and bytes of the stages that read a model from elsewhere, seen at 135 million weights.
 FOREIGN = {
@@ -100,7 +100,7 @@ def _chapter(stage: Stage) -> Cost:
 def _world(stage: Stage) -> Cost:
     sequences, length, _ = shape(stage)
     real = stage.function.__name__ not in ("make", *WORLDS)
-    return Cost(2 + sequences * length / (1e5 if real else 2e6), BASE, 8 * sequences * length)
+    return Cost(0.1 + sequences * length / (1e5 if real else 2e6), BASE, 8 * sequences * length)
 
 
 def _model(stage: Stage) -> Cost:
@@ -125,7 +125,7 @@ def _scan(stage: Stage) -> Cost:
     scanned, fitted = min(stage.parameters["sequences"], sequences), min(stage.parameters["fit"], sequences)
     maps = 8 * depth * width**2
     each = 4 * length * (weights + embeddings) + 4 * depth * length * 21 * width**2  # a pass, and tokens rotated
-    seconds = 3 + (scanned * (each + 2 * QUERIES * maps) + 2 * fitted * each) / rate(stage)
+    seconds = 0.5 + (scanned * (each + 2 * QUERIES * maps) + 2 * fitted * each) / rate(stage)
     directions = min(12 * maps * QUERIES, DIRECTIONS)
     memory = BASE + 4 * maps * 40 + directions + 12 * 32 * length * vocabulary
     return Cost(seconds, memory, 4 * (QUERIES * scanned + maps + depth * 34 * width**2) + 8 * fitted * length)
@@ -147,7 +147,7 @@ def _extra(stage: Stage) -> Cost:
     # seen: a tenth of the time a model, where that many fit together
     together = how_many_together(Recipe(**tuples(own["model"]["recipe"])), length, vocabulary)
     seconds = _model(model).seconds / min(10.0, (1 + together) / 2) * trainings
-    return Cost(seconds + own.get("responses", 0) + (0 if trainings else 60), scan.memory_bytes, scan.disk_bytes)
+    return Cost(seconds + own.get("responses", 0) + (0 if trainings else 30), scan.memory_bytes, scan.disk_bytes)
 
 
 def _weights(model: Stage, vocabulary: int) -> tuple[int, int]:
