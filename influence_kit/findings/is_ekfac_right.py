@@ -55,7 +55,7 @@ def reads(profile: Profile) -> list[Planned]:
     """The families that are small enough to train many times; for a few seeds refined scores, and the middle model of Atlas."""
     section(profile, "little_atlas", "02")
     found = planted_grid(profile, "little_atlas", extra=("rivals", "response", "bank", "reweighted"))
-    found += planted_grid(profile, "little_atlas", seeds=profile.seeds[:FEW], extra=("refined",))
+    found += planted_grid(profile, "little_atlas", seeds=profile.seeds[:FEW], extra=("inverses", "refined"))
     found += planted_grid(profile, "atlas", widths=middle_width(profile), seeds=profile.seeds[:FEW], extra=("rivals",))
     return found + text_grid(profile, extra=("rivals", "bank"), section="little_text")
 
@@ -73,21 +73,41 @@ def rivals(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> No
 
     Args:
         parameters: sample (sequences that curvature is taken from), sequences (scored; a world's own `scan` column goes
-            first), exact (also solve with the Gauss-Newton matrix itself), dampings, fits, fractions (of training:
-            EK-FAC's variants), lissa (depth, minibatch), tracin (fractions of training), model (of the stage that
-            trained it), and an extra's own.
+            first), dampings, fits, fractions (of training: EK-FAC's variants), tracin (fractions of training), model (of
+            the stage that trained it), and an extra's own.
     """
-    import torch
-    from safetensors.torch import save_file
-
     from influence_kit.measures.lexical import bm25, idf_overlap
     from influence_kit.referees.rivals import damping_sweep, methods_for, variants
 
     world = World.load(inputs["world"])
     setting = setting_of(world, parameters, inputs["model"], out / "resume" / "factors.safetensors")
-    methods = methods_for(setting.model, parameters["exact"], {"BM25": bm25, "TF-IDF": idf_overlap})
+    methods = methods_for(setting.model, {"BM25": bm25, "TF-IDF": idf_overlap})
     methods |= damping_sweep(tuple(parameters.get("dampings", ())))
     methods |= variants(tuple(parameters.get("fits", ())), tuple(parameters.get("fractions", ())))
+    _compared(world, setting, methods, parameters, out, progress)
+
+
+def inverses(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:
+    """Write what `rivals` does for the methods that take the Gauss-Newton matrix of the sample itself.
+
+    Args:
+        parameters: sample, sequences (as of `rivals`), lissa (depth, minibatch), model (of the stage that trained it), and an
+            extra's own.
+    """
+    from influence_kit.referees.rivals import INVERSES, METHODS
+
+    world = World.load(inputs["world"])
+    setting = setting_of(world, parameters, inputs["model"], out / "resume" / "factors.safetensors")
+    _compared(world, setting, {name: METHODS[name] for name in INVERSES}, parameters, out, progress)
+
+
+def _compared(
+    world: World, setting: Setting, methods: Mapping[str, Callable], parameters: dict, out: Path, progress
+) -> None:
+    """Write the scores of every method, and the seconds that it takes."""
+    import torch
+    from safetensors.torch import save_file
+
     tensors, seconds = {}, []
     for number, (name, method) in enumerate(methods.items()):
 
@@ -400,6 +420,7 @@ def strongest_and_weak(values: np.ndarray, count: int, seed: int) -> tuple[np.nd
 
 STAGES = {
     "rivals": Extra(rivals, scan=False, recipe=True),
+    "inverses": Extra(inverses, scan=False, recipe=True),
     "response": Extra(response, scan=False, recipe=True),
     "refined": Extra(refined, scan=False, recipe=True),
     "bank": Extra(bank, scan=False, recipe=True),
@@ -462,8 +483,10 @@ def level(table: pandas.DataFrame, column: str, method: str, bounds=(-1, 1), **w
 
 
 def more(table: pandas.DataFrame, column: str, better: str, worse: str, **where) -> Estimate:
-    """One method less another on the same queries, with its interval over seeds; `where` narrows the table."""
+    """One method less another on the same queries, with its interval over the seeds that both have; `where` narrows the table."""
     first, second = (pick(table, method=method, **where) for method in (better, worse))
+    both = set(first["seed"]) & set(second["seed"])
+    first, second = (rows[rows["seed"].isin(both)] for rows in (first, second))
     return difference_of(first, second, column, matched_units=True)
 
 
@@ -474,7 +497,7 @@ def best_representation(table: pandas.DataFrame, column: str) -> str:
 
 
 def scores_of(run: Trained, kind: str = "rivals") -> dict[str, np.ndarray]:
-    """Scores [Q, N] by method, those of EK-FAC's rivals or (kind "refined") of its refinement."""
+    """Scores [Q, N] by method, those of EK-FAC's rivals or (kind "inverses", "refined") of the dear ones, of its refinement."""
     from safetensors.numpy import load_file
 
     tensors = load_file(run.extra(kind) / "scores.safetensors")
@@ -643,10 +666,15 @@ def bills(runs: list[Trained]) -> pandas.Series:
     import pandas
 
     free = ("RelatIF", "cosine", "EK-FAC, ", "random", "representations")
-    seconds = [
-        pandas.read_parquet(run.extra("rivals") / "seconds.parquet").set_index("method")["seconds"] for run in runs
-    ]
-    found = pandas.concat([each / each["gradient dot"] for each in seconds], axis=1, sort=False).median(axis=1)
+
+    def seconds(run: Trained) -> pandas.Series:
+        kinds = [kind for kind in ("inverses", "rivals") if (kind, 1.0) in run.planned.extra]
+        return pandas.concat(
+            [pandas.read_parquet(run.extra(kind) / "seconds.parquet").set_index("method")["seconds"] for kind in kinds]
+        )
+
+    bills = [seconds(run) for run in runs]
+    found = pandas.concat([each / each["gradient dot"] for each in bills], axis=1, sort=False).median(axis=1)
     return found[[not any(word in method for word in free) for method in found.index]]
 
 

@@ -228,16 +228,21 @@ METHODS: dict[str, Method] = {
 }
 
 
-def methods_for(model: nn.Module, exactly: bool, overlaps: Mapping[str, Overlap]) -> dict[str, Method]:
-    """The methods by name: METHODS, rankings by shared words, random numbers, and representation similarity at the
+INVERSES = (
+    "exact",
+    "block-diagonal",
+    "LiSSA",
+)  # with the sample's Gauss-Newton matrix itself: dear, and for small models alone
+
+
+def methods_for(model: nn.Module, overlaps: Mapping[str, Overlap]) -> dict[str, Method]:
+    """The methods by name: METHODS but INVERSES, rankings by shared words, random numbers, and representation similarity at the
     first, middle and last block.
 
     Args:
-        exactly: Also those that solve with the Gauss-Newton matrix itself, which small models alone can afford.
         overlaps: What two texts share, by name ("BM25", …).
     """
-    slow = ("exact", "block-diagonal", "LiSSA")
-    found = {name: method for name, method in METHODS.items() if exactly or name not in slow}
+    found = {name: method for name, method in METHODS.items() if name not in INVERSES}
     found |= {name: partial(by_words, overlap=overlap) for name, overlap in overlaps.items()}
     found["random"] = chance
     depth = int(model.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]

@@ -82,7 +82,7 @@ def test_unknown_profile_lists_the_known_ones():
             [0.25, 1.0],
             r"tracin asks for \[0.25\].*kept at \[0.5, 1.0\]: add them to scan.fractions",
         ),
-        (("little_atlas", "extra", "rivals", "lissa", "depth"), -1, "rivals.lissa.depth=-1 must be above 0"),
+        (("little_atlas", "extra", "inverses", "lissa", "depth"), -1, "inverses.lissa.depth=-1 must be above 0"),
         (("text", "extra", "layers", "k"), 1, "unknown parameter 'k'; known are none"),
         (("atlas", "scan", "kinds"), ["alones"], "scan.kinds: 'alones' must be of fact, alone, translation, canary"),
         (("ladder", "extra", "solved", "asked"), ["rule", "fact"], "extra.solved.asked: 'fact' must be of rule"),
@@ -399,7 +399,7 @@ def test_chapter_02_finds_its_rivals_in_every_profile(name):
     assert found and all(("rivals", 1.0) in one.extra for one in found)
     asked = {at for one in found for at in one.extra["rivals", 1.0].parameters["tracin"]}
     assert asked <= {*profile_fractions(profile, "atlas"), 1.0}
-    kinds = {"rivals", "response", "refined", "bank", "reweighted"}
+    kinds = {"rivals", "inverses", "response", "refined", "bank", "reweighted"}
     for one in grid.planted_grid(profile, "little_atlas", extra=kinds):
         assert {kind for kind, _ in one.extra} == kinds
     for one in grid.text_grid(profile, extra=("rivals", "bank"), section="little_text"):

@@ -9,7 +9,7 @@ from influence_kit import fit_ekfac, score
 from influence_kit.errors import UserError
 from influence_kit.referees import lissa, rivals
 from influence_kit.referees.curvature import dense
-from influence_kit.referees.rivals import Setting, by_words, damping_sweep, methods_for, variants
+from influence_kit.referees.rivals import INVERSES, METHODS, Setting, by_words, damping_sweep, methods_for, variants
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,8 @@ def setting():
 
 @pytest.fixture(scope="module")
 def found(setting):
-    return {name: method(setting) for name, method in methods_for(setting.model, True, {"shared": shared}).items()}
+    methods = methods_for(setting.model, {"shared": shared}) | {name: METHODS[name] for name in INVERSES}
+    return {name: method(setting) for name, method in methods.items()}
 
 
 def shared(queries, sequences):
@@ -44,8 +45,9 @@ def test_every_method_scores_every_pair(found):
         assert values.shape == (3, 9) and bool(torch.isfinite(values).all()), name
 
 
-def test_exact_methods_are_left_out_where_they_cannot_be_afforded(setting):
-    assert not {"exact", "block-diagonal", "LiSSA"} & set(methods_for(setting.model, False, {}))
+def test_every_method_is_either_dear_or_run_everywhere(setting):
+    everywhere = set(methods_for(setting.model, {}))
+    assert not everywhere & set(INVERSES) and set(METHODS) <= everywhere | set(INVERSES)
 
 
 def test_ekfac_and_its_forms_are_the_library_s(setting, found):
