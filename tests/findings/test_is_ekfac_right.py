@@ -289,3 +289,11 @@ def test_refined_scores_are_the_default_where_all_that_was_asked_for_holds_at_on
     assert finding.NEARER not in wanted and finding.SAME not in wanted
     worse = finding.wanting(refined_table(-0.1, 0.5, 0.5, 4))["4 iterations"]
     assert [name for name in finding.WANTED if worse[name]] == [finding.CARRIES, finding.CHEAP]
+
+
+def test_methods_are_compared_on_the_seeds_that_both_have():
+    rows = [("dear", seed, 3.0 + seed) for seed in (1, 2)] + [("cheap", seed, 1.0 * seed) for seed in (1, 2, 3)]
+    table = pandas.DataFrame(rows, columns=["method", "seed", "r"])
+    found = finding.more(table, "r", "dear", "cheap")
+    assert dict(found.per_seed) == {1: 3.0, 2: 3.0} and found.value == 3.0
+    assert dict(finding.more(table, "r", "cheap", "dear").per_seed) == {1: -3.0, 2: -3.0}
