@@ -262,7 +262,7 @@ def _trained(
         return _pretrained(profile, grid.scan, seed, size, world, fractions)
     kind = f"{corpus} {size.architecture}".strip()
     name = f"{kind} {arm} {size.width}x{size.depth}, seed {seed}"
-    again = 0 if arm == "base" else grid.arms[arm].again
+    again = 0 if arm == "base" or isinstance(grid, TextGrid) else grid.arms[arm].again
     model = _model(grid.family, grid.scan, seed + AGAIN * again, size, world, name, profile.device)
     like = "base" if again else arm  # a model trained again is scanned as the first one was
     scans = {
