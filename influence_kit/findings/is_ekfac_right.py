@@ -497,7 +497,7 @@ def best_representation(table: pandas.DataFrame, column: str) -> str:
 
 
 def scores_of(run: Trained, kind: str = "rivals") -> dict[str, np.ndarray]:
-    """Scores [Q, N] by method, those of EK-FAC's rivals or (kind "inverses", "refined") of the dear ones, of its refinement."""
+    """Scores [Q, N] by method, as the stage of a kind wrote them: "rivals", "inverses" or "refined"."""
     from safetensors.numpy import load_file
 
     tensors = load_file(run.extra(kind) / "scores.safetensors")

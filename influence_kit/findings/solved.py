@@ -148,7 +148,7 @@ def told(runs: Iterable[Trained], fraction: float | str = READ):
         else ""
     )
     return Markdown(
-        f"After {table['iterations'].max()} iterations, of the median query's equation {parts} is left on other sequences; "
+        f"After {table['iterations'].max()} iterations, of the equation of the median of {len(table)} queries (all models and seeds) {parts} is left on other sequences; "
         + (
             f"{told}."
             if len(good)

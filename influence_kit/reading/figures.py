@@ -83,8 +83,8 @@ def estimate_points(
     shared = bool(hue) and bool((df.groupby(x)[hue].nunique() > 1).any())
     step, dots = (0.06, 0.015) if sizes else (0.03, 0.008) if shared else (0.0, 0.0)
     offset = {key: step * (i - (len(series) - 1) / 2) for i, key in enumerate(series)}
-    places = df[x].astype(float)
-    wide = 1.0 if sizes else float(numpy.ptp(numpy.log(places) if log_x else places)) / 3 or 1.0
+    places = numpy.log(df[x][df[x] > 0].astype(float)) if log_x else df[x].astype(float)
+    wide = float(numpy.ptp(places)) / 3 or 1.0 if shared and not sizes else 1.0
 
     def placed(rows: pandas.DataFrame, by: float = 0.0) -> pandas.DataFrame:
         named = rows.assign(_series=rows[hue] if hue else series[0])

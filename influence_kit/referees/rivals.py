@@ -228,11 +228,8 @@ METHODS: dict[str, Method] = {
 }
 
 
-INVERSES = (
-    "exact",
-    "block-diagonal",
-    "LiSSA",
-)  # with the sample's Gauss-Newton matrix itself: dear, and for small models alone
+# With the sample's Gauss-Newton matrix itself: dear, and for small models alone.
+INVERSES = ("exact", "block-diagonal", "LiSSA")
 
 
 def methods_for(model: nn.Module, overlaps: Mapping[str, Overlap]) -> dict[str, Method]:
