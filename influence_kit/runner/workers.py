@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from influence_kit.errors import UserError
-from influence_kit.runner.machine import THREAD_VARIABLES, storage_problem
+from influence_kit.runner.machine import THREAD_VARIABLES, keep_memory, storage_problem
 from influence_kit.runner.stages import Progress, Stage, make
 
 PR_SET_PDEATHSIG = 1
@@ -52,6 +52,7 @@ def work(connection: Connection, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the run decides what ends
     for name in THREAD_VARIABLES:  # before anything loads torch or a BLAS
         os.environ[name] = "1"
+    keep_memory()
     faulthandler.enable()
     while True:
         try:

@@ -1,6 +1,9 @@
-"""The machine: memory is given back between stages."""
+"""The machine: memory is kept within a stage and given back between stages."""
 
 import gc
+import platform
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -24,3 +27,36 @@ def test_what_refers_to_itself_is_released_where_much_was_held(much, monkeypatch
         assert (left() is None) == much
     finally:
         gc.enable()
+
+
+FREED_AND_ASKED_FOR = """
+import ctypes, resource, sys
+from influence_kit.runner.machine import keep_memory
+if sys.argv[1] == "keep":
+    keep_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+def step():
+    pieces = [libc.malloc(size) for size in (10_000_000, 20_000_000, 30_000_000)]
+    for piece in pieces:
+        ctypes.memset(piece, 1, 10_000_000)
+    for piece in pieces:
+        libc.free(piece)
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library decides for itself what it keeps")
+def test_freed_memory_is_kept_for_what_is_asked_for_next():
+    def faults(how: str) -> int:
+        done = subprocess.run(
+            [sys.executable, "-c", FREED_AND_ASKED_FOR, how], capture_output=True, text=True, check=True
+        )
+        return int(done.stdout)
+
+    assert faults("as it comes") > 1_000 > 100 > faults("keep")
