@@ -96,7 +96,7 @@ class ProximalResponse:
         queries: Mapping[str, Tensor],
         eps: float,
         tolerance: float = 1e-3,
-        most: int = 600,
+        most: int = 2_000,
     ) -> Response:
         """The response of the queries' log p to more weight on one sequence: eps = 1 / N is one more copy in a corpus of N.
 
