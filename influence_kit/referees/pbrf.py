@@ -100,7 +100,8 @@ class ProximalResponse:
     ) -> Response:
         """The response of the queries' log p to more weight on one sequence: eps = 1 / N is one more copy in a corpus of N.
 
-        sequence: one row. tolerance: of the gradient's norm, relative to where it began.
+        sequence: one row; queries: `input_ids` and `loss_mask` [Q, T]. tolerance: of the gradient's norm, relative to where it
+        began. most: evaluations of the objective: where the response is far from linear, more than a thousand (else some thirty).
         Raises Unconverged where `most` evaluations were not enough: an unconverged response is none.
         """
         from scipy.optimize import minimize

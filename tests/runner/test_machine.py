@@ -59,4 +59,4 @@ def test_freed_memory_is_kept_for_what_is_asked_for_next():
         )
         return int(done.stdout)
 
-    assert faults("as it comes") > 1_000 > 100 > faults("keep")
+    assert faults("as it comes") > 10 * faults("keep")  # with huge pages both are few
