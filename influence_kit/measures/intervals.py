@@ -38,7 +38,7 @@ def _number(value: float, spec: str) -> str:
         return str(value)
     text = format(value, spec)
     # A small number must not turn into 0 because its interval is wide.
-    return f"{value:.1e}" if value != 0 and float(text) == 0 else text
+    return f"{value:.2g}" if value != 0 and float(text) == 0 else text
 
 
 class Options(TypedDict, total=False):

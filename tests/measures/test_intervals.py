@@ -36,7 +36,8 @@ def nested(rng, seeds: int, units: int, between: float) -> tuple[np.ndarray, np.
     [
         ((0.38, 0.3, 0.45), "0.38 [0.30, 0.45]"),
         ((17.3, 12.1, 22.4), "17 [12, 22]"),
-        ((1e-5, -0.1, 0.2), "1.0e-05 [-0.10, 0.20]"),
+        ((0.11, 0.0018, 0.21), "0.11 [0.0018, 0.21]"),
+        ((1e-5, -0.1, 0.2), "1e-05 [-0.10, 0.20]"),
         ((1.234e-5, 1.1e-5, 1.4e-5), "1.23e-05 [1.10e-05, 1.40e-05]"),
         ((0.0, 0.0, 0.0), "0 [0, 0]"),
         ((1.0, 1.0, 1.0), "1 [1, 1]"),
@@ -51,7 +52,7 @@ def test_printing(numbers, text):
 
 
 def test_printing_by_a_given_format_never_turns_small_into_zero():
-    assert f"{Estimate(0.381, 1e-5, 0.5, n=3):.2f}" == "0.38 [1.0e-05, 0.50]"
+    assert f"{Estimate(0.381, 1e-5, 0.5, n=3):.2f}" == "0.38 [1e-05, 0.50]"
 
 
 def test_value_is_the_mean_over_seeds_of_the_statistic():
