@@ -1,7 +1,6 @@
 """One call, a card back: of models of many kinds, saved with their tokenizers; what cannot be tracked is refused at once, by name."""
 
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -85,10 +84,10 @@ def test_scores_on_a_card_are_those_of_a_direct_call_and_the_next_question_is_of
 
     model = saved(tmp_path, "llama")
     first = influence_kit.ask(model, PROMPT, COMPLETION, texts=tmp_path / "texts", k=20, profile="smoke")
+    kept = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
     (index,), (fitted,) = cache.glob("index/*/about.json"), cache.glob("factors/*/factors.safetensors")
-    began = time.process_time()
     again = influence_kit.ask(index.parent, PROMPT, COMPLETION, k=20)
-    assert again == first and time.process_time() - began < 2
+    assert again == first and kept == {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
     world, tokenizer = World.load(index.parent / "world"), own_tokenizer(model)
     before = [] if (opening := world.parameters["begins"]["token"]) is None else [opening]
     asked, start = tokenizer(PROMPT + COMPLETION)["input_ids"], len(tokenizer(PROMPT)["input_ids"])
@@ -112,13 +111,11 @@ def test_scores_on_a_card_are_those_of_a_direct_call_and_the_next_question_is_of
         ("an encoder", "no causal language model"),
     ],
 )
-def test_what_cannot_be_tracked_is_refused_by_name_within_a_second(kind, told, tmp_path):
-    check_own({"model": saved(tmp_path / "fine", "llama")})  # libraries are loaded once a process
+def test_what_cannot_be_tracked_is_refused_by_name_before_any_work(kind, told, tmp_path):
     model = saved(tmp_path, kind)
-    began = time.process_time()
     with pytest.raises(UserError, match=told) as caught:
         check_own({"model": model, "texts": str(tmp_path / "texts")})
-    assert "\n" not in str(caught.value) and time.process_time() - began < 1.5
+    assert "\n" not in str(caught.value)
 
 
 def test_texts_that_leave_nothing_to_predict_are_refused_before_any_work(tmp_path):

@@ -1,7 +1,5 @@
 """Intervals: printing, coverage by simulation, pairing, determinism, speed."""
 
-import time
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -225,15 +223,6 @@ def test_refusals_name_the_value():
         bootstrap([1.0, 2, 3], [0, 1])
     with pytest.raises(UserError, match="1.5"):
         bootstrap([1.0, 2], [0, 1], level=1.5)
-
-
-def test_three_seeds_of_200_queries_take_under_a_second():
-    values, seeds = nested(np.random.default_rng(0), 3, 200, 0.3)
-    pairs = np.column_stack([values, values + 5])
-    for data, statistic in ((values, np.mean), (pairs, ratio_of_means)):
-        start = time.process_time()
-        bootstrap(data, seeds, statistic)
-        assert time.process_time() - start < 1
 
 
 def test_columns_of_a_table_are_read_with_its_seeds():
