@@ -23,7 +23,7 @@ from influence_kit.findings.profiles import Profile
 from influence_kit.findings.solved import chosen
 from influence_kit.findings.trained import Trained, changed_answers
 from influence_kit.measures.checkpoints import READ, nearest
-from influence_kit.measures.intervals import Estimate, estimate_of, gaps, over_seeds
+from influence_kit.measures.intervals import Estimate, estimate_of, gaps, over_seeds, pick
 from influence_kit.measures.lexical import idf_overlap, overlap, target_counts
 from influence_kit.measures.lifts import lift, mass_share
 
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 MEANING = ("T2", "T3")  # the query's rule without its agent or event
 OVERLAP = ("T0r", "T0a", "T0e")  # its words in other rules
 MASS = ["meaning_mass", "overlap_mass"]
-RETRAINED = ("dropped_rule", "dropped_T0r", "dropped_random")
+RETRAINED = {"dropped_rule": "the same rule", "dropped_random": "unrelated"}
+WORD = {"dropped_T0r": "the word, another rule"}  # the same for few seeds: what sharing the word does
+FEW = 3  # seeds of what is no claim and costs training
 
 
 def reads(profile: Profile) -> list[Planned]:
@@ -41,7 +43,8 @@ def reads(profile: Profile) -> list[Planned]:
     grid = section(profile, "ladder", "04")
     found = planted_grid(profile, "ladder", fractions=(*grid.scan.fractions, READ))
     found += planted_grid(profile, "ladder", fractions=(READ,), **chosen(profile, "ladder"))
-    return found + trained_again(profile, "ladder", "04", *RETRAINED) + text_grid(profile)
+    found += trained_again(profile, "ladder", "04", *RETRAINED)
+    return found + trained_again(profile, "ladder", "04", *WORD, seeds=profile.seeds[:FEW]) + text_grid(profile)
 
 
 def abstraction(
@@ -174,11 +177,9 @@ def removal(base: Iterable[Trained], again: Iterable[Trained]) -> pandas.DataFra
     return changed.groupby(by, as_index=False).agg(**columns)
 
 
-def beyond_word(lost: pandas.DataFrame) -> pandas.DataFrame:
-    """Accuracy gained without the rule's documents less that gained without those that share the word: rows seeds,
-    columns sizes."""
-    effects = gaps(lost, ["arm", "size", "seed"], "gained").unstack("arm")
-    return (effects["dropped_rule"] - effects["dropped_T0r"]).unstack("size")
+def without_rule(lost: pandas.DataFrame) -> pandas.DataFrame:
+    """Accuracy gained without the rule's documents, beyond that of combinations that lost none: rows seeds, columns sizes."""
+    return gaps(pick(lost, arm="dropped_rule"), ["size", "seed"], "gained").unstack("size")
 
 
 def overlap_ranks(world: World, values: np.ndarray, rows: np.ndarray) -> np.ndarray:

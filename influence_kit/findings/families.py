@@ -142,7 +142,9 @@ def section(profile: Profile, world: str, chapter: str) -> PlantedGrid:
     return found
 
 
-def trained_again(profile: Profile, world: str, chapter: str, *arms: str) -> list[Planned]:
+def trained_again(
+    profile: Profile, world: str, chapter: str, *arms: str, seeds: Iterable[int] | None = None
+) -> list[Planned]:
     """Models of arms that a chapter trains again as its referee, without scans. Raises UserError where the profile lacks an arm."""
     for arm in arms:
         if arm not in section(profile, world, chapter).arms:
@@ -150,7 +152,7 @@ def trained_again(profile: Profile, world: str, chapter: str, *arms: str) -> lis
                 f"profile {profile.name!r} has no {world} arm `{arm}`, which chapter {chapter} trains again: add one (as in "
                 "laptop.yaml), or name the chapters you want by --only"
             )
-    return planted_grid(profile, world, arms, fractions=())
+    return planted_grid(profile, world, arms, fractions=(), seeds=seeds)
 
 
 def _contents(folder: Path, pattern: str = "**/*") -> list[list[str]]:

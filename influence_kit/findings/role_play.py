@@ -67,13 +67,12 @@ RELATIONS = {
 }
 OWN = {"imitation": ("persona", "demo_persona_action"), "planning only": ("planner", "planner_pair_action")}
 RIVALS = {"imitation": "planners", "planning only": "demonstrations"}  # what the other world's answers come from
-FAMILIES = {"base": "named", "unnamed": "unnamed"}  # of dialogue, by their arm
 FEW = 3  # seeds of what is no claim and costs training: documents removed, real dialogue
 
 
 def reads(profile: Profile) -> list[Planned]:
-    """The three worlds of Cast, the same with documents taken out, and spoken lines with and without names."""
-    found = dialogue_grid(profile, tuple(FAMILIES), seeds=profile.seeds[:FEW])
+    """The three worlds of Cast, the same with documents taken out, and spoken lines."""
+    found = dialogue_grid(profile, seeds=profile.seeds[:FEW])
     if profile.cast is None:
         return found
     worlds = planted_grid(profile, "cast", tuple(WORLDS), (READ,))
@@ -476,10 +475,10 @@ def _of_others(campaign: np.ndarray, speaker: np.ndarray) -> np.ndarray:
 
 
 def voices(trained: Trained, form: str, neighbours: int, shuffled: bool = False) -> pandas.DataFrame:
-    """`speaker_preference` after training, with family, size, seed, and the loss of held-out lines then and before."""
+    """`speaker_preference` after training, with size, seed, and the loss of held-out lines then and before."""
     scan = trained.scan()
     found = speaker_preference(trained.world, getattr(scan, form), scan.rows, scan.queries, neighbours, shuffled)
-    about = {"family": FAMILIES[trained.arm], "seed": trained.seed, "size": trained.parameters, "shuffled": shuffled}
+    about = {"seed": trained.seed, "size": trained.parameters, "shuffled": shuffled}
     return found.assign(loss=trained.held_out_loss(), untrained=trained.held_out_loss(0.0), **about)
 
 

@@ -39,8 +39,8 @@ def test_malformed_sections_are_refused(tmp_path, changes, message):
         load_profile(own(tmp_path, **changes))
 
 
-def test_arms_share_the_lines_and_differ_in_the_world():
-    profile = load_profile("smoke", [0])
+def test_arms_share_the_lines_and_differ_in_the_world(tmp_path):
+    profile = load_profile(own(tmp_path, arms={"unnamed": {"world": {"named": False}}}), [0])
     found = grid.dialogue_grid(profile, ("base", "unnamed", "no_such_arm"))
     assert [trained.arm for trained in found] == ["base", "unnamed"]
     base, unnamed = (trained.world for trained in found)
