@@ -18,24 +18,35 @@ import numpy as np
 from influence_kit.corpora.world import World
 from influence_kit.corpora.worlds.ladder import TIERS, tiers
 from influence_kit.errors import UserError
+from influence_kit.findings import phrasing
 from influence_kit.findings.families import Fraction, Planned, planted_grid, section, text_grid, trained_again
 from influence_kit.findings.profiles import Profile
 from influence_kit.findings.solved import chosen
 from influence_kit.findings.trained import Trained, changed_answers
 from influence_kit.measures.checkpoints import READ, nearest
-from influence_kit.measures.intervals import Estimate, estimate_of, gaps, over_seeds, pick
+from influence_kit.measures.intervals import (
+    Estimate,
+    difference_in_differences,
+    estimate_of,
+    gaps,
+    largest,
+    over_seeds,
+    pick,
+    smallest,
+)
 from influence_kit.measures.lexical import idf_overlap, overlap, target_counts
 from influence_kit.measures.lifts import lift, mass_share
 
 if TYPE_CHECKING:
     import pandas
 
+    from influence_kit.measures.claims import Claim
+
 MEANING = ("T2", "T3")  # the query's rule without its agent or event
 OVERLAP = ("T0r", "T0a", "T0e")  # its words in other rules
 MASS = ["meaning_mass", "overlap_mass"]
 RETRAINED = {"dropped_rule": "the same rule", "dropped_random": "unrelated"}
 WORD = {"dropped_T0r": "the word, another rule"}  # the same for few seeds: what sharing the word does
-FEW = 3  # seeds of what is no claim and costs training
 
 
 def reads(profile: Profile) -> list[Planned]:
@@ -44,7 +55,7 @@ def reads(profile: Profile) -> list[Planned]:
     found = planted_grid(profile, "ladder", fractions=(*grid.scan.fractions, READ))
     found += planted_grid(profile, "ladder", fractions=(READ,), **chosen(profile, "ladder"))
     found += trained_again(profile, "ladder", "04", *RETRAINED)
-    return found + trained_again(profile, "ladder", "04", *WORD, seeds=profile.seeds[:FEW]) + text_grid(profile)
+    return found + trained_again(profile, "ladder", "04", *WORD, seeds=profile.few) + text_grid(profile)
 
 
 def abstraction(
@@ -113,6 +124,55 @@ def meaning_share(rows: pandas.DataFrame) -> Estimate:
     return estimate_of(rows, MASS, share, method="t", bounds=(0, 1))
 
 
+def in_short(read: pandas.DataFrame, grows: Claim, same: Claim, costs: Claim) -> str:
+    """What the chapter found, in a paragraph: of a table of `read` and its claims 04-grows, 04-given-accuracy and
+    04-retraining-by-size."""
+    small, large = (meaning_share(rows(read)).value for rows in (smallest, largest))
+    return (
+        phrasing.answered(grows, "**Yes, on the same data**", "**No**")
+        + f". In the smallest model {small:.0%} of the influence at the top comes from sequences that mean the same rather than share words, "
+        f"in the largest {large:.0%}: {phrasing.interval(grows)} for ten times the size ({phrasing.number_of_seeds(grows)}; in brackets, here and below, 95 % intervals). "
+        + phrasing.answered(
+            same,
+            "Of models that generalise equally well, the larger ones still rest more on meaning",
+            "Most of it goes with generalisation: of models that answer equally well, size adds little or nothing",
+        )
+        + f" ({phrasing.interval(same)}). "
+        + phrasing.answered(
+            costs,
+            "Trained again without the sequences of the same meaning, the larger model loses more",
+            "Trained again without the sequences of the same meaning, the larger model loses no more",
+        )
+        + f" ({phrasing.interval(costs)} in accuracy)."
+    )
+
+
+def by_size(runs: Sequence[Trained], top: float) -> pandas.DataFrame:
+    """`meaning_share` by size, of raw influence and of RelatIF, with the value of each seed."""
+    import pandas
+
+    forms = {"raw": "raw", "RelatIF": "relatif"}
+    tables = {name: pandas.concat(read(run, form, top) for run in runs) for name, form in forms.items()}
+    return pandas.DataFrame(
+        meaning_share(part).row(parameters=size, form=name)
+        for name, table in tables.items()
+        for size, part in table.groupby("size")
+    )
+
+
+def by_accuracy(along: pandas.DataFrame) -> pandas.DataFrame:
+    """`meaning_share` of every size and checkpoint of a table of `read`, beside its accuracy, with the value of each seed."""
+    import pandas
+
+    from influence_kit.reading.style import size_label
+
+    at = points(along).groupby(["size", "fraction"])["correct"].mean()
+    return pandas.DataFrame(
+        meaning_share(part).row(accuracy=at[size, when], model=f"{size_label(size)} weights", fraction=when)
+        for (size, when), part in along.groupby(["size", "fraction"])
+    )
+
+
 def points(along: pandas.DataFrame) -> pandas.DataFrame:
     """`share`, accuracy and loss of every seed, size and checkpoint of a table of `read`."""
     import pandas
@@ -175,6 +235,22 @@ def removal(base: Iterable[Trained], again: Iterable[Trained]) -> pandas.DataFra
     changed = changed_answers(base, again)
     columns = {"change": ("change", "mean"), "gained": ("gained", "mean"), "treated": ("treated", "first")}
     return changed.groupby(by, as_index=False).agg(**columns)
+
+
+def by_what_is_gone(lost: pandas.DataFrame) -> pandas.DataFrame:
+    """Accuracy gained by combinations that lost documents beyond that of the others, of a table of `removal`: a row an arm
+    and size, with the value of each seed."""
+    import pandas
+
+    from influence_kit.reading.style import size_label
+
+    names = RETRAINED | WORD
+    return pandas.DataFrame(
+        difference_in_differences(rows, "gained").row(
+            label=f"{names[arm]} · {size_label(size)}", gone=names[arm], parameters=size
+        )
+        for (arm, size), rows in lost.groupby(["arm", "size"])
+    )
 
 
 def without_rule(lost: pandas.DataFrame) -> pandas.DataFrame:

@@ -46,15 +46,15 @@ ALL = "all"  # sequences of any relation
 EIGH = 4.5  # multiplications of a symmetric eigendecomposition with vectors over n^3 (Golub and Van Loan, Sec. 8.3)
 TIMED = 8  # steps of LiSSA timed at once
 AFFORDABLE = 32  # the largest width that is solved exactly
-FEW = 3  # seeds of what is no claim
 
 
 def reads(profile: Profile) -> list[Planned]:
     """The largest model of three families, the planted ones for a few seeds, and a small model of Ladder beside an exact solution."""
-    few = profile.seeds[:FEW]
     found = text_grid(profile, widths=largest_width(profile, "text"), extra=("batching",))
     for world in ("atlas", "ladder"):
-        found += planted_grid(profile, world, widths=largest_width(profile, world), seeds=few, extra=("batching",))
+        found += planted_grid(
+            profile, world, widths=largest_width(profile, world), seeds=profile.few, extra=("batching",)
+        )
     return found + planted_grid(profile, "ladder", widths=affordable_width(profile), extra=("cost",))
 
 

@@ -44,10 +44,8 @@ SMALLEST_FIT = 10  # below this an exponent's interval spans everything
 def reads(profile: Profile) -> list[Planned]:
     """Trained and untrained models, of Atlas the smallest and the largest, and small ones that were trained again."""
     section(profile, "little_atlas", "03")
-    trained = planted_grid(profile, "atlas", fractions=(0.0, END), widths=ends(profile)) + text_grid(
-        profile, (0.0, END)
-    )
-    return trained + planted_grid(profile, "little_atlas", extra=("reweighted",))
+    found = planted_grid(profile, "atlas", fractions=(0.0, END), widths=ends(profile))
+    return found + text_grid(profile, (0.0, END)) + planted_grid(profile, "little_atlas", extra=("reweighted",))
 
 
 def ends(profile: Profile) -> list[int]:

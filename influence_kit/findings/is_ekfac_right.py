@@ -40,7 +40,6 @@ SALT = 0x217A
 WAYS = ("left out", "doubled")
 RUNGS = ("exact", "block-diagonal", "EK-FAC", "K-FAC", "diagonal", "gradient dot")
 SUPPORT = ("same fact, same language", "same fact, other language")  # what was planted for a query to find
-FEW = 3  # seeds of what is dear and no claim
 # When refined scores would be the default: what must hold at the same number of iterations, fixed before any was run.
 NEARER, FORESEES, CARRIES, SAME, CHEAP = WANTED = (
     "they come nearer to the proximal response than EK-FAC",
@@ -55,8 +54,8 @@ def reads(profile: Profile) -> list[Planned]:
     """The families that are small enough to train many times; for a few seeds refined scores, and the middle model of Atlas."""
     section(profile, "little_atlas", "02")
     found = planted_grid(profile, "little_atlas", extra=("rivals", "response", "bank", "reweighted"))
-    found += planted_grid(profile, "little_atlas", seeds=profile.seeds[:FEW], extra=("inverses", "refined"))
-    found += planted_grid(profile, "atlas", widths=middle_width(profile), seeds=profile.seeds[:FEW], extra=("rivals",))
+    found += planted_grid(profile, "little_atlas", seeds=profile.few, extra=("inverses", "refined"))
+    found += planted_grid(profile, "atlas", widths=middle_width(profile), seeds=profile.few, extra=("rivals",))
     return found + text_grid(profile, extra=("rivals", "bank"), section="little_text")
 
 

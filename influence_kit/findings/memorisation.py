@@ -33,15 +33,12 @@ if TYPE_CHECKING:
 SHORTEST = 16  # targets: a shorter paragraph has no half that could be recited
 
 
-FEW = 3  # seeds of what is exploratory and costs training
-
-
 def reads(profile: Profile) -> list[Planned]:
     """Atlas while it learns, its largest size before too and trained again without some canaries, and real text, continued."""
     found = planted_grid(profile, "atlas", fractions=(READ,), extra=("canaries",))
     found += planted_grid(profile, "atlas", fractions=(0.0,), widths=[largest_width(profile)], extra=("canaries",))
     found += trained_again(profile, "atlas", "08", "without_copies")
-    return found + text_grid(profile, (0.0, END), seeds=profile.seeds[:FEW], extra=("recital",))
+    return found + text_grid(profile, (0.0, END), seeds=profile.few, extra=("recital",))
 
 
 def largest_width(profile: Profile) -> int:

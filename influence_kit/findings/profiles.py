@@ -373,6 +373,11 @@ class Profile(_Strict):
     dialogue: DialogueGrid | None = None
     real: RealModel | None = None
 
+    @property
+    def few(self) -> tuple[int, ...]:
+        """The first three seeds: enough for what is exploratory or a control and costs training, too few for a finding."""
+        return self.seeds[:3]
+
     @field_validator("seeds")
     @classmethod
     def _different(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:

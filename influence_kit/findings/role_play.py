@@ -30,6 +30,7 @@ from influence_kit.corpora.world import World
 from influence_kit.corpora.worlds.cast import tiers
 from influence_kit.errors import UserError
 from influence_kit.findings.families import END, Planned, dialogue_grid, planted_grid
+from influence_kit.findings.phrasing import answered, interval, number_of_seeds, refereed
 from influence_kit.findings.profiles import Profile
 from influence_kit.findings.solved import chosen
 from influence_kit.findings.trained import Trained, paired
@@ -41,6 +42,7 @@ from influence_kit.measures.lifts import auc, lift
 if TYPE_CHECKING:
     import pandas
 
+    from influence_kit.measures.claims import Claim
     from influence_kit.reading.cards import CardView
 
 WORLDS = {"base": "imitation", "description": "description only", "planning": "planning only"}  # by their arm of Cast
@@ -67,17 +69,16 @@ RELATIONS = {
 }
 OWN = {"imitation": ("persona", "demo_persona_action"), "planning only": ("planner", "planner_pair_action")}
 RIVALS = {"imitation": "planners", "planning only": "demonstrations"}  # what the other world's answers come from
-FEW = 3  # seeds of what is no claim and costs training: documents removed, real dialogue
 
 
 def reads(profile: Profile) -> list[Planned]:
     """The three worlds of Cast, the same with documents taken out, and spoken lines."""
-    found = dialogue_grid(profile, seeds=profile.seeds[:FEW])
+    found = dialogue_grid(profile, seeds=profile.few)
     if profile.cast is None:
         return found
     worlds = planted_grid(profile, "cast", tuple(WORLDS), (READ,))
     worlds += planted_grid(profile, "cast", tuple(WORLDS), (READ,), **chosen(profile, "cast"))
-    return worlds + planted_grid(profile, "cast", dropped_arms(profile), (), seeds=profile.seeds[:FEW]) + found
+    return worlds + planted_grid(profile, "cast", dropped_arms(profile), (), seeds=profile.few) + found
 
 
 def dropped_arms(profile: Profile) -> list[str]:
@@ -134,6 +135,27 @@ def ratios(rows: pandas.DataFrame) -> pandas.DataFrame:
     found = (lifts["first"] / lifts["second"]).unstack(["effect", "world"])
     every = pandas.MultiIndex.from_product([EFFECTS, WORLDS.values()], names=["effect", "world"])
     return found.reindex(index=sorted(rows["seed"].unique()), columns=every)
+
+
+def in_short(told: Claim, described: Claim, wide: float) -> str:
+    """What the chapter found, in a paragraph: of its claims 06-interaction and 06-description, and the share of sequences that
+    the latter reads."""
+    return (
+        answered(
+            told,
+            "**Influence can tell the two apart, and each model rests on what it learned from.** A model that imitates a role leans on "
+            "others of the same role, one that plans leans on the plan",
+            "**Influence does not tell imitating from planning**",
+        )
+        + f": together the two effects are {interval(told, '.2g')} times as large where they should be as where they should not "
+        f"({number_of_seeds(told)}; in brackets, here and below, 95 % intervals). {refereed(told)} "
+        + answered(
+            described,
+            "Where a role is only described, its descriptions count, and plans do not",
+            "Where a role is only described, its descriptions do not count for more than plans",
+        )
+        + f" ({interval(described, '.2g')} times, of the strongest {wide:.0%}). {refereed(described)}"
+    )
 
 
 def described(rows: pandas.DataFrame) -> pandas.Series:

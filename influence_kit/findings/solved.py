@@ -20,7 +20,6 @@ from influence_kit.measures.checkpoints import READ
 if TYPE_CHECKING:
     import pandas
 
-FEW = 3  # seeds of what is exploratory
 AFFORDABLE = 32  # the largest width: wider ones were not seen to converge on a thousand sequences
 SALT = 0x501E  # of the draw of sequences
 CONVERGED = 0.5  # of the equation, left on fresh sequences: more, and scores say nothing
@@ -101,7 +100,7 @@ def chosen(profile: Profile, world: str) -> dict:
     grid = getattr(profile, world)
     widths = sorted(size.width for size in grid.family.sizes) if grid else []
     affordable = [width for width in widths if width <= AFFORDABLE] or widths[:1]
-    return {"widths": affordable, "seeds": profile.seeds[:FEW], "extra": ("solved",)}
+    return {"widths": affordable, "seeds": profile.few, "extra": ("solved",)}
 
 
 def beside(runs: Iterable[Trained]) -> dict[str, list[Trained]]:

@@ -68,14 +68,12 @@ SHOWN = {
     "translated_flipped": "in the other language, swapped round",
     "irrelevant": "about something else",
 }
-FEW = 3  # seeds of what is exploratory and costs training
 
 
 def reads(profile: Profile) -> list[Planned]:
     """Atlas, and Atlas read in both orders, where their facts are half known, with the phrases of each."""
     base = planted_grid(profile, "atlas", fractions=(READ,), extra=("order",))
-    few = profile.seeds[:FEW]
-    return base + planted_grid(profile, "atlas", ("both_orders",), (READ,), seeds=few, extra=("order",))
+    return base + planted_grid(profile, "atlas", ("both_orders",), (READ,), seeds=profile.few, extra=("order",))
 
 
 def order(parameters: dict, inputs: dict[str, Path], out: Path, progress) -> None:

@@ -16,13 +16,12 @@ from influence_kit.measures.intervals import estimate_of, pick
 if TYPE_CHECKING:
     import pandas
 
-FEW = 3  # seeds of what is a control and costs training
 STRETCHES = np.geomspace(0.01, 1, 15)  # shares of training that training losses are averaged over
 
 
 def reads(profile: Profile) -> list[Planned]:
     """All models of Atlas, its shuffled arm for a few seeds, and real text; no scans."""
-    shuffled = planted_grid(profile, "atlas", ("shuffled",), fractions=(), seeds=profile.seeds[:FEW])
+    shuffled = planted_grid(profile, "atlas", ("shuffled",), fractions=(), seeds=profile.few)
     return planted_grid(profile, "atlas", fractions=()) + shuffled + text_grid(profile, fractions=())
 
 

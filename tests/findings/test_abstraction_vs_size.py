@@ -12,11 +12,13 @@ from influence_kit.errors import UserError
 from influence_kit.findings.abstraction_vs_size import (
     MASS,
     abstraction,
+    by_what_is_gone,
     meaning_share,
     overlap_ranks,
     partial_rank,
     share,
     slope_given,
+    without_rule,
 )
 
 SMALL = {"agent_classes": 4, "event_classes": 4, "response_classes": 4, "class_words": 8, "flavours": 2}
@@ -62,6 +64,28 @@ def test_slopes_over_size_leave_out_what_is_given():
     ]
     found = slope_given(pd.concat(seeds), "correct")
     assert list(found.per_seed.values()) == pytest.approx([0, 0.2]) and found.value == pytest.approx(0.1)
+
+
+def test_what_a_rule_s_documents_cost_is_beyond_combinations_that_lose_none_and_of_that_arm_alone():
+    cost = {
+        ("dropped_rule", 100): (0.25, 0.75),
+        ("dropped_rule", 900): (0.5, 0.25),
+        ("dropped_T0r", 900): (0.125, 0.125),
+    }
+    lost = pd.DataFrame(
+        {"arm": arm, "size": size, "seed": seed, "treated": treated, "gained": 0.125 - treated * by_seed[seed]}
+        for (arm, size), by_seed in cost.items()
+        for seed in (0, 1)
+        for treated in (True, False)
+        for _ in range(3)
+    )
+    assert without_rule(lost).to_numpy().tolist() == [[-0.25, -0.5], [-0.75, -0.25]]
+    table = by_what_is_gone(lost).set_index(["gone", "parameters"])["estimate"]
+    assert table.to_dict() == {
+        ("the word, another rule", 900): -0.125,
+        ("the same rule", 100): -0.5,
+        ("the same rule", 900): -0.375,
+    }
 
 
 def test_shapes_that_do_not_fit_are_refused(scan):

@@ -111,7 +111,7 @@ def test_scores_on_a_card_are_those_of_a_direct_call_and_the_next_question_is_of
         ("an encoder", "no causal language model"),
     ],
 )
-def test_what_cannot_be_tracked_is_refused_by_name_before_any_work(kind, told, tmp_path):
+def test_what_cannot_be_tracked_is_refused_by_name(kind, told, tmp_path):
     model = saved(tmp_path, kind)
     with pytest.raises(UserError, match=told) as caught:
         check_own({"model": model, "texts": str(tmp_path / "texts")})

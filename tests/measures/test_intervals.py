@@ -1,4 +1,4 @@
-"""Intervals: printing, coverage by simulation, pairing, determinism, speed."""
+"""Intervals: printing, coverage by simulation, pairing, determinism."""
 
 import numpy as np
 import pandas as pd
