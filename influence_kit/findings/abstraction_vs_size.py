@@ -129,7 +129,7 @@ def in_short(read: pandas.DataFrame, grows: Claim, same: Claim, costs: Claim) ->
     04-retraining-by-size."""
     small, large = (meaning_share(rows(read)).value for rows in (smallest, largest))
     return (
-        phrasing.answered(grows, "**Yes, on the same data**", "**No**")
+        phrasing.answered(grows, "**Yes**", "**No**")
         + f". In the smallest model {small:.0%} of the influence at the top comes from sequences that mean the same rather than share words, "
         f"in the largest {large:.0%}: {phrasing.interval(grows)} for ten times the size ({phrasing.number_of_seeds(grows)}; in brackets, here and below, 95 % intervals). "
         + phrasing.answered(
@@ -307,9 +307,7 @@ def of_card(read: pandas.DataFrame, runs: Sequence[Trained], query: int) -> str:
         for run in (runs[0], runs[-1])
     )
     against = "" if large > small else " This query goes against the finding."
-    return (
-        f"The median query: meaning holds {small:.0%} of its top in the small model, {large:.0%} in the large.{against}"
-    )
+    return f"The median query of one seed's largest model: meaning holds {small:.0%} of its top in the small model, {large:.0%} in the large.{against}"
 
 
 def of_text_card(runs: Sequence[Trained], query: int) -> str:
@@ -317,6 +315,6 @@ def of_text_card(runs: Sequence[Trained], query: int) -> str:
     small, large = (read_text(run, "raw")["overlap"][query] for run in runs)
     against = "" if large < small else " This query goes against the paper's picture."
     return (
-        "The median query of the real text. Influence follows shared words by "
+        "The paper's own picture, on the median query of the real text. Influence follows shared words by "
         f"{small:.2f} (rank correlation) in the small model, {large:.2f} in the large.{against}"
     )

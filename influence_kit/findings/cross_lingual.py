@@ -10,7 +10,7 @@ language does not matter. A seed's number for a size rests on all models of that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,10 +26,13 @@ from influence_kit.measures.checkpoints import READ, nearest
 from influence_kit.measures.intervals import Estimate, estimate_of
 from influence_kit.measures.lexical import idf_overlap, shares_tokens, target_counts
 from influence_kit.measures.lifts import auc, recall_at
+from influence_kit.reading.style import size_label
 from influence_kit.recipes import tuples
 
 if TYPE_CHECKING:
     import pandas
+
+    from influence_kit.reading.cards import CardView
 
 KNOWN = ["crossed", "own"]
 STRONGEST = 10
@@ -107,6 +110,38 @@ def read(run: Trained, score: str, k: int = STRONGEST, fraction: Fraction = END)
 def crossing(rows: pandas.DataFrame) -> Estimate:
     """L10 of a table of `read`."""
     return estimate_of(rows, "crosses", np.median)
+
+
+def crossing_cards(models: Sequence[Trained], numbers: Sequence[float], k: int = STRONGEST) -> CardView:
+    """One question in several models, with the sequences of its language that influence it most and what part of that each has on
+    the question's translation: the question whose `crosses` comes nearest to the models' `numbers`."""
+    from influence_kit.reading.cards import side_by_side
+
+    crosses = np.stack([read(run, "raw", k)["crosses"].to_numpy() for run in models])
+    query = int(np.nanargmin(np.abs(crosses - np.array(numbers)[:, None]).sum(0)))
+    asked = models[0].world.queries.take(models[0].scan(END, "translation").queries[[query]]).to_pylist()[0]
+    parts = ", ".join(
+        f"{part:.2f} with {size_label(run.parameters)}" for part, run in zip(crosses[:, query], models, strict=True)
+    )
+    caption = (
+        f"The question of one seed that comes nearest to the numbers above. Its translation is “{asked['prompt']} → {asked['completion']}”. Of what the "
+        f"{k} strongest sequences in its own language do to the question, this much they do to the translation: {parts} weights; beside each sequence stands its own part."
+    )
+    return side_by_side([_crossing_card(run, query, caption) for run in models])
+
+
+def _crossing_card(run: Trained, query: int, caption: str) -> CardView:
+    scans = [run.scan(END, kind) for kind in ("alone", "translation")]
+    told = [answered(run, kind).loc[scan.queries] for kind, scan in zip(("alone", "translation"), scans, strict=True)]
+    own, crossed = (per_odds(scan.raw, at["log_p"].to_numpy())[query] for scan, at in zip(scans, told, strict=True))
+    spoken = run.world.sequences["language"].to_numpy()[scans[0].rows]
+    title = f"{size_label(run.parameters)} weights"
+
+    def part(column: int) -> str:
+        return f"does {crossed[column] / own[column]:.2f} of it to the translation"
+
+    among = spoken == told[0]["language"].iloc[query]
+    return run.card(query, 4, END, title, part, "alone", lowest=0, caption=caption, among=among)
 
 
 def dealt(run: Trained, fraction: Fraction = END) -> pandas.DataFrame:

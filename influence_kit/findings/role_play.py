@@ -151,7 +151,7 @@ def in_short(told: Claim, described: Claim, wide: float) -> str:
         f"({number_of_seeds(told)}; in brackets, here and below, 95 % intervals). {refereed(told)} "
         + answered(
             described,
-            "Where a role is only described, its descriptions count, and plans do not",
+            "Where a role is only described, its descriptions count for more than plans do",
             "Where a role is only described, its descriptions do not count for more than plans",
         )
         + f" ({interval(described, '.2g')} times, of the strongest {wide:.0%}). {refereed(described)}"
@@ -342,11 +342,22 @@ def _labels(trained: Trained, query: int) -> dict[int, str]:
     return {int(place): word for name, word in RELATIONS.items() for place in np.flatnonzero(members[name][query])}
 
 
-def of_source(trained: Trained, query: int, k: int = 4) -> int:
-    """How many of a query's k most influential sequences are of the kind that its world's answers come from."""
-    top = np.argsort(-trained.scan(READ).raw[query], kind="stable")[:k]
+def of_source(trained: Trained, query: int, top: float, k: int = 4) -> tuple[int, int, int, float]:
+    """Of the kind that a query's world's answers come from, how many are among its k most influential sequences and among the
+    strongest share `top` of the scan; how many sequences that share is; how many of the kind are in it by chance."""
+    ranked = np.argsort(-trained.scan(READ).raw[query], kind="stable").tolist()
     labels, own = _labels(trained, query), RELATIONS[OWN[WORLDS[trained.arm]][1]]
-    return sum(labels.get(int(place)) == own for place in top)
+    source = np.array([labels.get(place) == own for place in ranked])
+    strongest = max(1, round(top * len(ranked)))
+    return int(source[:k].sum()), int(source[:strongest].sum()), strongest, strongest * float(source.mean())
+
+
+def in_the_top(world: str, shown: int, found: int, strongest: int, chance: float, top: float) -> str:
+    """What `of_source` counted of a query of a world, in a sentence."""
+    return (
+        f"In the {world} world {shown} of the four sequences with most influence are what the answer was learned from, and {found} of the "
+        f"{strongest} that are the strongest {top:.0%} (by chance {chance:.1f})."
+    )
 
 
 def card(trained: Trained, query: int, k: int = 4) -> CardView:

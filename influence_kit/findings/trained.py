@@ -197,13 +197,15 @@ class Trained:
         relatif: bool = False,
         lowest: int | None = None,
         caption: str = "",
+        among: np.ndarray | None = None,
     ) -> CardView:
         """Token card of one scored query (a position in `scan(fraction, kind)`), its k most and least influential sequences
         shaded by token, each text once, with its English where it is foreign.
 
         labels: from a column of the scan to a short word for what that sequence is to the query (its tier, say), shown in
         place of the kind of sequence; columns that a mapping leaves out have none. relatif: RelatIF's top k stand below.
-        lowest: how many of the least influential are shown, k by default. caption: a sentence under all.
+        lowest: how many of the least influential are shown, k by default. caption: a sentence under all. among: columns that are
+        shown at all [N], boolean.
         """
         from collections import Counter
 
@@ -225,7 +227,8 @@ class Trained:
             for column in np.argsort(-values, kind="stable").tolist():
                 if len(found) == number:
                     break
-                found.setdefault(tuple(texts[column]), column)
+                if among is None or among[column]:
+                    found.setdefault(tuple(texts[column]), column)
             return list(found.values())
 
         lists = [

@@ -21,7 +21,9 @@ def verdict_table_markdown(claims: Iterable[Claim]) -> str:
     rows = []
     for claim in (claim for claim in claims if claim.tier == "primary"):
         finding, paper, here, asked = _parts(claim, "**")
-        rows.append((claim.chapter[:2], finding, paper, f"{here} {_reason(claim)}".strip(), asked))
+        unit = claim.unit if claim.measured == claim.measured else ""
+        told = " ".join(part for part in (here, unit, _reason(claim)) if part)
+        rows.append((claim.chapter[:2], finding, paper, told, asked))
     table = [HEADER, ("---",) * len(HEADER), *rows] if rows else []
     lines = "".join(f"| {' | '.join(map(_cell, row))} |\n" for row in table)
     return "\n".join(part for part in (lines, "".join(f"{line}\n" for line in in_sum(claims))) if part)
@@ -67,7 +69,7 @@ def in_sum(claims: Iterable[Claim]) -> list[str]:
             counts[claim.status] = counts.get(claim.status, 0) + 1
         told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items(), key=lambda item: -item[1]))
         decided = [claim for claim in primary if claim.status != "undecided"]
-        lost = [claim.id for claim in decided if claim.holm > LEVEL]
+        lost = [f"“{claim.short or claim.id}” ({claim.chapter[:2]})" for claim in decided if claim.holm > LEVEL]
         kept = "all decided ones stand" if not lost else f"all decided ones but {', '.join(lost)} stand"
         corrected = any(claim.holm == claim.holm for claim in primary)  # a single chapter knows nothing of the others
         lines.append(

@@ -119,6 +119,9 @@ def test_card_says_what_its_rows_are(run):
     assert [row.source for row in named.top] == ["its fact", ""] and named.top[0].language == plain.top[0].language
     called = run.card(0, k=2, labels=lambda column: f"column {column}").cards[0]
     assert called.top[0].source == f"column {best}"
+    others = np.arange(len(scan.rows)) != best
+    second = run.card(0, k=1, among=others).cards[0].top[0]
+    assert second.score == scan.raw[0][others].max() and second.rank > 1
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ def checks() -> list[Claim]:
 
 def test_a_line_a_finding_and_the_checks_as_a_count():
     lines = verdict_table_markdown([*checks(), judged(rule(), UP), judged(rule("04-same"), NEAR)]).splitlines()
-    assert lines[2] == r"| 04 | meaning \| words | theme at 52B | **confirmed** 2.50 [2.25, 2.75] | – |"
+    assert lines[2] == r"| 04 | meaning \| words | theme at 52B | **confirmed** 2.50 [2.25, 2.75] ratio | – |"
     assert "**no effect > 0.5**" in lines[3] and "2 findings: 1 confirmed, 1 no effect larger than δ." in lines
     assert lines[-1] == "Checks: 2 of 3 passed; failed: 04-2 (-0.50 [-0.75, -0.25] ratio)."
     assert in_sum(checks()[:1]) == ["Checks: 1 of 1 passed."] and verdict_table_markdown([]) == ""
@@ -53,10 +53,11 @@ def test_why_it_is_undecided_stands_beside_the_number():
     lines, table = verdict_lines(claims, 200), verdict_table_markdown(claims)
     why = f"(check failed: {closed.claim})"
     assert f"{why} theme at 52B" in lines[0] and "(no number) theme at 52B" in lines[1]
-    assert f"**undecided** 2.50 [2.25, 2.75] {why} |" in table and "**undecided** (no number) |" in table
+    assert f"**undecided** 2.50 [2.25, 2.75] ratio {why} |" in table and "**undecided** (no number) |" in table
 
 
 def test_holms_correction_names_what_it_does_not_leave():
     strong, weak = (replace(judged(rule(id), UP), holm=holm) for id, holm in (("a", 0.01), ("b", 0.2)))
     assert in_sum([strong])[0].endswith("all decided ones stand.")
-    assert in_sum([strong, weak])[0].endswith("all decided ones but b stand.")
+    (said,) = in_sum([strong, replace(weak, short="It stands on sand")])
+    assert said.endswith("all decided ones but “It stands on sand” (04) stand.")
