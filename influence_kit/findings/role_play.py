@@ -55,6 +55,7 @@ EFFECTS = {
     "persona_mention": ("neutral_persona_action", "neutral_action"),
     "planner_mention": ("neutral_pair_action", "neutral_action"),
 }
+MENTIONS = {"persona_mention": "persona, only mentioned", "planner_mention": "goal and question, only mentioned"}
 LIFTS = ["first", "second"]  # those of an effect's two tiers
 CHANCE = 1.0  # a lift
 RELATIONS = {
@@ -355,7 +356,7 @@ def of_source(trained: Trained, query: int, top: float, k: int = 4) -> tuple[int
 def in_the_top(world: str, shown: int, found: int, strongest: int, chance: float, top: float) -> str:
     """What `of_source` counted of a query of a world, in a sentence."""
     return (
-        f"In the {world} world {shown} of the four sequences with most influence are what the answer was learned from, and {found} of the "
+        f"In the {world} world {shown} of the 4 sequences with most influence are what the answer was learned from, and {found} of the "
         f"{strongest} that are the strongest {top:.0%} (by chance {chance:.1f})."
     )
 

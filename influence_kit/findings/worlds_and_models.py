@@ -9,7 +9,7 @@ import numpy as np
 
 from influence_kit.corpora.world import World, batch_of, token_matrix
 from influence_kit.findings.families import Planned, planted_grid, text_grid
-from influence_kit.findings.profiles import Profile
+from influence_kit.findings.profiles import Arm, Profile
 from influence_kit.findings.trained import Trained, language_name
 from influence_kit.measures.intervals import estimate_of, pick
 
@@ -59,9 +59,13 @@ def member(run: Trained) -> dict:
     }
 
 
-def variation(runs: Sequence[Trained]) -> dict:
-    """What an arm of Atlas consists of; its line in the table of arms."""
+def variation(runs: Sequence[Trained], arm: Arm | None) -> dict:
+    """What an arm of Atlas consists of, and what its models change (None: nothing); its line in the table of arms."""
     world = runs[0].world
+    changed = {
+        "other initial weights": arm and arm.again,
+        "copies of half the canaries replaced": arm and arm.without == "copies",
+    }
     spoken = world.sequences["language"].to_numpy()
     return {
         "arm": runs[0].arm,
@@ -71,6 +75,7 @@ def variation(runs: Sequence[Trained]) -> dict:
         "names that both share": f"{world.parameters['anchor_share']:.0%}",
         "values": "random in every statement" if world.parameters["shuffled"] else "as planted",
         "order of a statement": world.parameters["order"],
+        "in training": next((words for words, so in changed.items() if so), "as it stands"),
         "widths trained": ", ".join(str(run.width) for run in runs),
     }
 
