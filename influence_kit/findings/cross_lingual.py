@@ -112,12 +112,12 @@ def crossing(rows: pandas.DataFrame) -> Estimate:
     return estimate_of(rows, "crosses", np.median)
 
 
-def crossing_cards(models: Sequence[Trained], numbers: Sequence[float], k: int = STRONGEST) -> CardView:
+def crossing_cards(models: Sequence[Trained], numbers: Sequence[float], score: str, k: int = STRONGEST) -> CardView:
     """One question in several models, with the sequences of its language that influence it most and what part of that each has on
-    the question's translation: the question whose `crosses` comes nearest to the models' `numbers`."""
+    the question's translation: the question whose `crosses`, in one form of the score, comes nearest to the models' `numbers`."""
     from influence_kit.reading.cards import side_by_side
 
-    crosses = np.stack([read(run, "raw", k)["crosses"].to_numpy() for run in models])
+    crosses = np.stack([read(run, score, k)["crosses"].to_numpy() for run in models])
     query = int(np.nanargmin(np.abs(crosses - np.array(numbers)[:, None]).sum(0)))
     asked = models[0].world.queries.take(models[0].scan(END, "translation").queries[[query]]).to_pylist()[0]
     parts = ", ".join(
@@ -127,13 +127,16 @@ def crossing_cards(models: Sequence[Trained], numbers: Sequence[float], k: int =
         f"The question of one seed that comes nearest to the numbers above. Its translation is “{asked['prompt']} → {asked['completion']}”. Of what the "
         f"{k} strongest sequences in its own language do to the question, this much they do to the translation: {parts} weights; beside each sequence stands its own part."
     )
-    return side_by_side([_crossing_card(run, query, caption) for run in models])
+    return side_by_side([_crossing_card(run, query, score, caption) for run in models])
 
 
-def _crossing_card(run: Trained, query: int, caption: str) -> CardView:
-    scans = [run.scan(END, kind) for kind in ("alone", "translation")]
-    told = [answered(run, kind).loc[scan.queries] for kind, scan in zip(("alone", "translation"), scans, strict=True)]
-    own, crossed = (per_odds(scan.raw, at["log_p"].to_numpy())[query] for scan, at in zip(scans, told, strict=True))
+def _crossing_card(run: Trained, query: int, score: str, caption: str) -> CardView:
+    kinds = ("alone", "translation")
+    scans = [run.scan(END, kind) for kind in kinds]
+    told = [answered(run, kind).loc[scan.queries] for kind, scan in zip(kinds, scans, strict=True)]
+    own, crossed = (
+        per_odds(getattr(scan, score), at["log_p"].to_numpy())[query] for scan, at in zip(scans, told, strict=True)
+    )
     spoken = run.world.sequences["language"].to_numpy()[scans[0].rows]
     title = f"{size_label(run.parameters)} weights"
 

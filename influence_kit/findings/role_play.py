@@ -58,6 +58,7 @@ EFFECTS = {
 MENTIONS = {"persona_mention": "persona, only mentioned", "planner_mention": "goal and question, only mentioned"}
 LIFTS = ["first", "second"]  # those of an effect's two tiers
 CHANCE = 1.0  # a lift
+ON_CARD = 4  # sequences of a query that a card shows
 RELATIONS = {
     "demo_persona_action": "same persona, same action",
     "demo_action": "demonstration, same action",
@@ -343,7 +344,7 @@ def _labels(trained: Trained, query: int) -> dict[int, str]:
     return {int(place): word for name, word in RELATIONS.items() for place in np.flatnonzero(members[name][query])}
 
 
-def of_source(trained: Trained, query: int, top: float, k: int = 4) -> tuple[int, int, int, float]:
+def of_source(trained: Trained, query: int, top: float, k: int = ON_CARD) -> tuple[int, int, int, float]:
     """Of the kind that a query's world's answers come from, how many are among its k most influential sequences and among the
     strongest share `top` of the scan; how many sequences that share is; how many of the kind are in it by chance."""
     ranked = np.argsort(-trained.scan(READ).raw[query], kind="stable").tolist()
@@ -356,12 +357,12 @@ def of_source(trained: Trained, query: int, top: float, k: int = 4) -> tuple[int
 def in_the_top(world: str, shown: int, found: int, strongest: int, chance: float, top: float) -> str:
     """What `of_source` counted of a query of a world, in a sentence."""
     return (
-        f"In the {world} world {shown} of the 4 sequences with most influence are what the answer was learned from, and {found} of the "
+        f"In the {world} world {shown} of the {ON_CARD} sequences with most influence are what the answer was learned from, and {found} of the "
         f"{strongest} that are the strongest {top:.0%} (by chance {chance:.1f})."
     )
 
 
-def card(trained: Trained, query: int, k: int = 4) -> CardView:
+def card(trained: Trained, query: int, k: int = ON_CARD) -> CardView:
     """A query with the sequences that count most for it, and what they are to it."""
     found, title = _labels(trained, query), f"The {WORLDS[trained.arm]} world"
     labels = {place: found.get(place, "other") for place in range(len(trained.scan(READ).rows))}
