@@ -366,13 +366,17 @@ def _without_places(text: str) -> str:
 
 
 def answer(executed: Path) -> str:
-    """What an executed chapter found, in its own words: the first paragraph of its outputs with something in bold; "" where none has."""
-    for cell in json.loads(executed.read_text(encoding="utf-8"))["cells"]:
-        for output in cell.get("outputs", []):
-            for paragraph in "".join(output.get("data", {}).get("text/markdown", "")).split("\n\n"):
-                if "**" in paragraph:
-                    return " ".join(paragraph.replace("**", "").split())
-    return ""
+    """What an executed chapter found, in its own words: the first paragraph of its outputs with something in bold, else (an open
+    question has nothing in bold) the first of all; tables are none; "" where there is no other."""
+    said = [
+        paragraph
+        for cell in json.loads(executed.read_text(encoding="utf-8"))["cells"]
+        for output in cell.get("outputs", [])
+        for paragraph in "".join(output.get("data", {}).get("text/markdown", "")).split("\n\n")
+        if not paragraph.lstrip().startswith("|")
+    ]
+    found = next((paragraph for paragraph in said if "**" in paragraph), said[0] if said else "")
+    return " ".join(found.replace("**", "").split())
 
 
 def to_text(notebook) -> str:

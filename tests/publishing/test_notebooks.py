@@ -328,7 +328,8 @@ def test_what_a_chapter_found_is_the_first_paragraph_of_its_outputs_with_somethi
 
     said = shown("plain", "first\n\nso: **It rains\nin 3 of 4\nplaces.** (more)\n\nNot **this**", "**No.**")
     assert said == "so: It rains in 3 of 4 places. (more)"
-    assert shown() == shown("plain") == ""
+    assert shown("Open: whether it rains", "| claim | **verdict** |") == "Open: whether it rains"
+    assert shown() == shown("| claim | **verdict** |") == ""
 
 
 def test_a_widget_is_taken_out_and_said():
