@@ -4,7 +4,26 @@ import numpy as np
 import pytest
 
 from influence_kit.corpora.worlds.atlas import Atlas, build
-from influence_kit.findings.cross_lingual import crossing, per_odds, strongest_sums
+from influence_kit.findings import families
+from influence_kit.findings.cross_lingual import crossing, crossing_cards, per_odds, read, strongest_sums
+from influence_kit.findings.profiles import PlantedGrid, load_profile
+from influence_kit.findings.trained import Trained
+from influence_kit.reading.style import size_label
+
+WORLD = {"entities": 12, "relations": 2, "values": 6, "documents": 600, "most_supporters": 200, "held_out": 20}
+WORLD |= {"canaries": 1, "repetitions": [1], "queries": 2, "alone": 3}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    sizes = [{"width": 8, "depth": 1}, {"width": 16, "depth": 1}]
+    family = {"sizes": sizes, "recipe": {"batch_size": 16, "warmup_steps": 2, "evaluations": 2}}
+    atlas = PlantedGrid(world=WORLD, family=family, scan={"fit": 60, "sequences": 90, "path": 90})
+    profile = load_profile("smoke", real_text=False).model_copy(update={"atlas": atlas})
+    patch = pytest.MonkeyPatch()
+    patch.setenv("INFLUENCE_KIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield [Trained(planned) for planned in families.planted_grid(profile, "atlas")]
+    patch.undo()
 
 
 def test_what_crosses_is_the_share_on_translations_of_the_strongest_in_the_questions_own_language():
@@ -26,11 +45,23 @@ def test_influence_on_log_odds_does_not_vanish_with_what_is_known():
 
 
 def test_a_fact_that_one_language_alone_states_is_asked_there_and_word_for_word_in_the_other():
-    about = {"entities": 12, "relations": 2, "values": 6, "documents": 600, "most_supporters": 200, "held_out": 20}
-    world = build(Atlas(**about, canaries=1, repetitions=(1,), queries=2, alone=3))
+    world = build(Atlas(**WORLD))
     table = world.queries.to_pandas()
     own, other = (table[table["kind"] == kind] for kind in ("alone", "translation"))
     assert len(own) == len(other) == 6 and own["fact"].tolist() == other["fact"].tolist()
     assert (own["language"].to_numpy() + other["language"].to_numpy() == 1).all() and own["scored"].all()
     assert (own["statements_same"] > 0).all() and (other["statements_same"] == 0).all()
     assert not set(table[table["kind"] == "fact"].index) & set(own.index)
+
+
+@pytest.mark.parametrize("score", ["raw", "relatif"])
+def test_the_card_is_of_the_question_nearest_to_the_numbers_and_says_what_each_sequence_shown_crosses(models, score):
+    tables = [read(run, score, k=10) for run in models]
+    for place in range(len(tables[0])):
+        numbers = [table["crosses"].iloc[place] for table in tables]
+        said = crossing_cards(models, numbers, score, k=10).html
+        for run, number in zip(models, numbers, strict=True):
+            assert f"{number:.2f} with {size_label(run.parameters)}" in said
+        asked = models[0].world.queries.take(models[0].scan(kind="translation").queries[[place]]).to_pylist()[0]
+        assert f"{asked['prompt']} → {asked['completion']}" in said
+        assert said.count("of it to the translation") == 8  # four sequences in each of two models, none of the lowest
