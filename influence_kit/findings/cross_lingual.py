@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from influence_kit.reading.cards import CardView
 
 KNOWN = ["crossed", "own"]
-STRONGEST = 10
+STRONGEST, ON_CARD = 10, 4
 
 
 def reads(profile: Profile) -> list[Planned]:
@@ -112,9 +112,9 @@ def crossing(rows: pandas.DataFrame) -> Estimate:
     return estimate_of(rows, "crosses", np.median)
 
 
-def crossing_cards(models: Sequence[Trained], numbers: Sequence[float], score: str, k: int = STRONGEST) -> CardView:
-    """One question in several models, with the sequences of its language that influence it most and what part of that each has on
-    the question's translation: the question whose `crosses`, in one form of the score, comes nearest to the models' `numbers`."""
+def crossing_cards(models: Sequence[Trained], numbers: Sequence[float], score: str, k: int = ON_CARD) -> CardView:
+    """One question in several models, with the k sequences of its language that influence it most and what part of that each has on
+    the question's translation: the question of which these cross as much as the models' `numbers` say, or nearest to it."""
     from influence_kit.reading.cards import side_by_side
 
     crosses = np.stack([read(run, score, k)["crosses"].to_numpy() for run in models])
@@ -125,12 +125,13 @@ def crossing_cards(models: Sequence[Trained], numbers: Sequence[float], score: s
     )
     caption = (
         f"The question of one seed that comes nearest to the numbers above. Its translation is “{asked['prompt']} → {asked['completion']}”. Of what the "
-        f"{k} strongest sequences in its own language do to the question, this much they do to the translation: {parts} weights; beside each sequence stands its own part."
+        f"{k} strongest sequences in its own language, all shown, do to the question, this much they do to the translation: {parts} weights; beside each sequence "
+        "stand its rank among all that were scored, by raw influence, and its own part."
     )
-    return side_by_side([_crossing_card(run, query, score, caption) for run in models])
+    return side_by_side([_crossing_card(run, query, score, k, caption) for run in models])
 
 
-def _crossing_card(run: Trained, query: int, score: str, caption: str) -> CardView:
+def _crossing_card(run: Trained, query: int, score: str, k: int, caption: str) -> CardView:
     kinds = ("alone", "translation")
     scans = [run.scan(END, kind) for kind in kinds]
     told = [answered(run, kind).loc[scan.queries] for kind, scan in zip(kinds, scans, strict=True)]
@@ -143,8 +144,10 @@ def _crossing_card(run: Trained, query: int, score: str, caption: str) -> CardVi
     def part(column: int) -> str:
         return f"does {crossed[column] / own[column]:.2f} of it to the translation"
 
-    among = spoken == told[0]["language"].iloc[query]
-    return run.card(query, 4, END, title, part, "alone", lowest=0, caption=caption, among=among)
+    inside = np.flatnonzero(spoken == told[0]["language"].iloc[query])
+    among = np.zeros(len(spoken), bool)
+    among[inside[np.argsort(-own[inside], kind="stable")[:k]]] = True
+    return run.card(query, k, END, title, part, "alone", lowest=0, caption=caption, among=among)
 
 
 def dealt(run: Trained, fraction: Fraction = END) -> pandas.DataFrame:

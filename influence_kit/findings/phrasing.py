@@ -38,9 +38,10 @@ def answered(claim: Claim, yes: str, no: str) -> str:
 
 
 def refereed(claim: Claim) -> str:
-    """What another method says of a claim, in a sentence: `Retraining agrees: 2.1 [1.5, 2.7] nats.`"""
+    """What another method says of a claim, in a sentence, with its seeds where the claim has others: `Retraining agrees: 2.1 [1.5, 2.7] nats (3 seeds).`"""
     if (by := claim.referee) is None:
         return ""
     word = {"undecided": "leaves it undecided"}.get(by.agreement, by.agreement)
     measured = Estimate(by.measured, *by.interval, n=0)
-    return f"{by.method[0].upper()}{by.method[1:]} {word}: {measured:.2g} {by.unit}."
+    seeds = f" ({len(by.per_seed)} seeds)" if len(by.per_seed) not in (0, len(claim.seeds)) else ""
+    return f"{by.method[0].upper()}{by.method[1:]} {word}: {measured:.2g} {by.unit}{seeds}."

@@ -214,5 +214,5 @@ def replicated(claims: Iterable["Claim"], folder: Path) -> list[str]:
     not_again = [
         f"{claim.id} {other[claim.id]['status']}" for claim in both if other[claim.id]["status"] != "confirmed"
     ]
-    told = f"Seeds {', '.join(map(str, seeds))}, run afterwards: {len(both) - len(not_again)} of {len(both)} confirmed again"
+    told = f"Other seeds, {', '.join(map(str, seeds))}: {len(both) - len(not_again)} of {len(both)} confirmed again"
     return [told + (f"; {', '.join(not_again)}." if not_again else ".")]

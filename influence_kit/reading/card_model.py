@@ -125,7 +125,7 @@ class Card:
             return "no token scores"
         beyond = sum(s > self.clip for s in self.magnitudes)
         return (
-            f"shade: what a token adds, strongest from ±{number(self.clip)} nats on ({beyond} of {len(self.magnitudes)} "
+            f"shade: what a token adds to the raw score, strongest from ±{number(self.clip)} on ({beyond} of {len(self.magnitudes)} "
             f"tokens are beyond); it lies on the {ALIGNMENTS[self.alignment]}"
         )
 

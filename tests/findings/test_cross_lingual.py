@@ -56,10 +56,10 @@ def test_a_fact_that_one_language_alone_states_is_asked_there_and_word_for_word_
 
 @pytest.mark.parametrize("score", ["raw", "relatif"])
 def test_the_card_is_of_the_question_nearest_to_the_numbers_and_says_what_each_sequence_shown_crosses(models, score):
-    tables = [read(run, score, k=10) for run in models]
+    tables = [read(run, score, k=4) for run in models]
     for place in range(len(tables[0])):
         numbers = [table["crosses"].iloc[place] for table in tables]
-        said = crossing_cards(models, numbers, score, k=10).html
+        said = crossing_cards(models, numbers, score).html
         for run, number in zip(models, numbers, strict=True):
             assert f"{number:.2f} with {size_label(run.parameters)}" in said
         asked = models[0].world.queries.take(models[0].scan(kind="translation").queries[[place]]).to_pylist()[0]

@@ -449,7 +449,7 @@ def test_what_other_seeds_say_of_the_same_claims_is_kept(tmp_path):
     assert keep_other_seeds(here, other_run(tmp_path / "other", "refuted")) == (1, 0)
     kept = json.loads((here / "other_seeds.json").read_text())["grows"]
     assert kept["status"] == "refuted" and kept["seeds"] == [101, 102, 103]
-    told = "Seeds 101, 102, 103, run afterwards: 0 of 1 confirmed again; grows refuted."
+    told = "Other seeds, 101, 102, 103: 0 of 1 confirmed again; grows refuted."
     assert told in closing_screen(claims_of(here)["01_growth"], [], here)
 
 

@@ -104,7 +104,7 @@ def test_scale_is_symmetric_clipped_and_said():
     shown = card(row(tokens=["x"] * 1000, scores=scores))
     assert (
         shown.cards[0].clip == pytest.approx(0.01)
-        and "strongest from ±0.01 nats on (2 of 1000 tokens are beyond)" in shown.html
+        and "to the raw score, strongest from ±0.01 on (2 of 1000 tokens are beyond)" in shown.html
     )
     assert 'class="p20" title="+5"' in shown.html and "whole sequence, 1000 tokens" in shown.html
     start = crop(spans(shown.cards[0].top[0]), 64)[1]
