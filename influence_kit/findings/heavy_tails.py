@@ -465,8 +465,8 @@ def in_short(rows: pandas.DataFrame, corpus: str) -> str:
 
 
 def median_card(models: Sequence[Trained], rows: pandas.DataFrame, corpus: str) -> CardView:
-    """One query in the smallest and in the largest model of the first seed: the median one by what its strongest sequence holds in
-    the largest."""
+    """One query in the smallest and in the largest model of the first seed, and what each sequence holds of its positive influence:
+    the median query by what its strongest sequence holds in the largest."""
     from influence_kit.reading.cards import median_query, side_by_side, which_query
 
     runs = [run for run in models if CORPORA[run.corpus] == corpus]
@@ -474,13 +474,19 @@ def median_card(models: Sequence[Trained], rows: pandas.DataFrame, corpus: str) 
     held = pick(of(rows, corpus), seed=runs[0].seed).sort_values("query")["strongest"].to_numpy()
     query, average = median_query(held), mean(of(rows, corpus), "strongest").value
     caption = which_query(held, query, average, 0.1, "the share that the larger model's strongest sequence holds")
-    captions = ("", caption)
-    return side_by_side(
-        [
-            run.card(query, k=3, lowest=1, title=f"{run.parameters:,} weights", caption=said)
-            for run, said in zip((runs[0], runs[-1]), captions, strict=True)
-        ]
-    )
+    return side_by_side([_held_card(run, query, caption) for run in (runs[0], runs[-1])])
+
+
+def _held_card(run: Trained, query: int, caption: str) -> CardView:
+    scores = run.scan().raw[query]
+    positive = np.sort(scores[scores > 0])[::-1]
+    hundredth = max(1, round(0.01 * len(scores)))
+    head = f"{run.parameters:,} weights: the strongest 1 % hold {positive[:hundredth].sum() / positive.sum():.0%}"
+
+    def held(column: int) -> str:
+        return f"{scores[column] / positive.sum():.1%} of the positive influence" if scores[column] > 0 else ""
+
+    return run.card(query, k=3, lowest=0, title=head, labels=held, caption=caption)
 
 
 def parts_left_out(again: pandas.DataFrame) -> dict[str, str]:

@@ -58,7 +58,7 @@ EFFECTS = {
 MENTIONS = {"persona_mention": "persona, only mentioned", "planner_mention": "goal and question, only mentioned"}
 LIFTS = ["first", "second"]  # those of an effect's two tiers
 CHANCE = 1.0  # a lift
-ON_CARD = 4  # sequences of a query that a card shows
+ON_CARD = 2  # sequences of a query that a card shows, and as many of those that its answer was learned from
 RELATIONS = {
     "demo_persona_action": "same persona, same action",
     "demo_action": "demonstration, same action",
@@ -344,29 +344,30 @@ def _labels(trained: Trained, query: int) -> dict[int, str]:
     return {int(place): word for name, word in RELATIONS.items() for place in np.flatnonzero(members[name][query])}
 
 
-def of_source(trained: Trained, query: int, top: float, k: int = ON_CARD) -> tuple[int, int, int, float]:
-    """Of the kind that a query's world's answers come from, how many are among its k most influential sequences and among the
-    strongest share `top` of the scan; how many sequences that share is; how many of the kind are in it by chance."""
-    ranked = np.argsort(-trained.scan(READ).raw[query], kind="stable").tolist()
+def _ranked(trained: Trained, query: int) -> tuple[np.ndarray, np.ndarray]:
+    """Columns of a scan from the most influential on, and which of these are of the kind that the world's answers come from."""
+    ranked = np.argsort(-trained.scan(READ).raw[query], kind="stable")
     labels, own = _labels(trained, query), RELATIONS[OWN[WORLDS[trained.arm]][1]]
-    source = np.array([labels.get(place) == own for place in ranked])
+    return ranked, np.array([labels.get(place) == own for place in ranked.tolist()])
+
+
+def in_the_top(trained: Trained, query: int, top: float) -> str:
+    """How many of a query's strongest share `top` of a scan are of the kind that its world's answers come from, in a sentence."""
+    ranked, source = _ranked(trained, query)
     strongest = max(1, round(top * len(ranked)))
-    return int(source[:k].sum()), int(source[:strongest].sum()), strongest, strongest * float(source.mean())
-
-
-def in_the_top(world: str, shown: int, found: int, strongest: int, chance: float, top: float) -> str:
-    """What `of_source` counted of a query of a world, in a sentence."""
     return (
-        f"In the {world} world {shown} of the {ON_CARD} sequences with most influence are what the answer was learned from, and {found} of the "
-        f"{strongest} that are the strongest {top:.0%} (by chance {chance:.1f})."
+        f"In the {WORLDS[trained.arm]} world {source[:strongest].sum()} of the {strongest} sequences that are the strongest {top:.0%} are what the answer "
+        f"was learned from; by chance {strongest * source.mean():.1f}."
     )
 
 
 def card(trained: Trained, query: int, k: int = ON_CARD) -> CardView:
-    """A query with the sequences that count most for it, and what they are to it."""
+    """A query with the k sequences that count most for it, the next k that its answer was learned from, and what each is to it."""
     found, title = _labels(trained, query), f"The {WORLDS[trained.arm]} world"
     labels = {place: found.get(place, "other") for place in range(len(trained.scan(READ).rows))}
-    return trained.card(query, k, READ, title, labels, lowest=0)
+    ranked, source = _ranked(trained, query)
+    among = np.isin(np.arange(len(ranked)), [*ranked[:k], *ranked[k:][source[k:]][:k]])
+    return trained.card(query, 2 * k, READ, title, labels, lowest=0, among=among)
 
 
 def speaker_preference(
