@@ -467,14 +467,14 @@ def in_short(rows: pandas.DataFrame, corpus: str) -> str:
 def median_card(models: Sequence[Trained], rows: pandas.DataFrame, corpus: str) -> CardView:
     """One query in the smallest and in the largest model of the first seed, and what each sequence holds of its positive influence:
     the median query by what its strongest sequence holds in the largest."""
+    from influence_kit.findings.trained import smallest_and_largest
     from influence_kit.reading.cards import median_query, side_by_side, which_query
 
     runs = [run for run in models if CORPORA[run.corpus] == corpus]
-    runs = sorted((run for run in runs if run.seed == runs[0].seed), key=lambda run: run.parameters)
     held = pick(of(rows, corpus), seed=runs[0].seed).sort_values("query")["strongest"].to_numpy()
     query, average = median_query(held), mean(of(rows, corpus), "strongest").value
     caption = which_query(held, query, average, 0.1, "the share that the larger model's strongest sequence holds")
-    return side_by_side([_held_card(run, query, caption) for run in (runs[0], runs[-1])])
+    return side_by_side([_held_card(run, query, caption) for run in smallest_and_largest(runs, runs[0].seed)])
 
 
 def _held_card(run: Trained, query: int, caption: str) -> CardView:

@@ -366,7 +366,7 @@ def card(trained: Trained, query: int, k: int = ON_CARD) -> CardView:
     found, title = _labels(trained, query), f"The {WORLDS[trained.arm]} world"
     labels = {place: found.get(place, "other") for place in range(len(trained.scan(READ).rows))}
     ranked, source = _ranked(trained, query)
-    among = np.isin(np.arange(len(ranked)), [*ranked[:k], *ranked[k:][source[k:]][:k]])
+    among = np.isin(np.arange(len(ranked)), [*ranked[:k], *ranked[source]])
     return trained.card(query, 2 * k, READ, title, labels, lowest=0, among=among)
 
 

@@ -283,6 +283,22 @@ class Trained:
         )  # fmt: skip
 
 
+def smallest_and_largest(runs: Iterable[Trained], seed: int) -> tuple[Trained, Trained]:
+    """The smallest and the largest model of one seed."""
+    sized = sorted((run for run in runs if run.seed == seed), key=lambda run: run.parameters)
+    return sized[0], sized[-1]
+
+
+def cards_beside(runs: Iterable[Trained], query: int, k: int, fraction: families.Fraction = 1.0, **known) -> CardView:
+    """`Trained.card` of one query in several models, side by side, each under its size; `known` as there."""
+    from influence_kit.reading.cards import side_by_side
+    from influence_kit.reading.style import size_label
+
+    return side_by_side(
+        [run.card(query, k, fraction, f"{size_label(run.parameters)} weights", **known) for run in runs]
+    )
+
+
 def paired(base: Iterable[Trained], others: Iterable[Trained]) -> list[tuple[Trained, Trained]]:
     """Each of the other runs beside the base run of its corpus, size and seed: what a changed corpus did to that model.
 
