@@ -728,7 +728,7 @@ def default_or_not(refined: pandas.DataFrame) -> str:
     kept = [name for name in WANTED if met[best][name]]
     return (
         f"Refined scores would be the default if five things held at once. Scores after {best} ({cost:.0f} times the time of a fit and a scan) "
-        f"come nearest to it. It holds that {'; '.join(kept) or 'nothing of it'}. What is still wanting: that {'; that '.join(missing)}."
+        f"come as near to it as any. It holds that {'; '.join(kept) or 'nothing of it'}. What is still wanting: that {'; that '.join(missing)}."
     )
 
 

@@ -106,12 +106,14 @@ def places(values: np.ndarray) -> np.ndarray:
 
 def in_ten_words(scan: Scanned, query: int, tiers: Mapping[str, np.ndarray], overlap: np.ndarray, seed: int) -> str:
     """How many of a query's ten strongest sequences state its fact, by influence and by shared words, and how many over all queries."""
-    from influence_kit.measures.lifts import precision_at, ranks
+    from influence_kit.measures.lifts import precision_at
 
     told, rankings = [], {"influence": scan.raw, "shared words": overlap}
     for name, values in rankings.items():
         same, other = (np.nan_to_num(10 * precision_at(values, tiers[tier], 10)[query]) for tier in (OWN, OTHER))
-        first = f"place {ranks(values, tiers[OTHER])[query]:,.0f}" if tiers[OTHER][query].any() else "no place"
+        first = (
+            f"place {places(values[query])[tiers[OTHER][query]].min():,}" if tiers[OTHER][query].any() else "no place"
+        )
         share = bootstrap(precision_at(values, tiers[OWN] | tiers[OTHER], 10), np.full(len(values), seed))
         told.append(
             f"By {name}, {same:.0f} of the ten highest state the fact in the query's language and {other:.0f} in the other one, which is first "

@@ -373,7 +373,7 @@ def card(trained: Trained, query: int, rows: pandas.DataFrame, title: str) -> Ca
         shown.append(replace(made_row, token_scores=shades[place, :length].tolist()))
     row = world.queries.slice(query, 1).to_pylist()[0]
     parts = row["prompt"].split(), row["completion"].split()
-    return query_card(*parts, shown, k=len(kinds), title=title, joiner=" ", alignment="predicted")
+    return query_card(*parts, shown, k=len(kinds), title=title, joiner=" ", alignment="predicted", what="Sentences")
 
 
 def _seeds(table: pandas.DataFrame) -> np.ndarray:
