@@ -1,5 +1,7 @@
 """Chapter 05: planted influence gives the numbers that can be told by hand."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -56,12 +58,16 @@ def test_a_fact_that_one_language_alone_states_is_asked_there_and_word_for_word_
 
 @pytest.mark.parametrize("score", ["raw", "relatif"])
 def test_the_card_is_of_the_question_nearest_to_the_numbers_and_says_what_each_sequence_shown_crosses(models, score):
-    tables = [read(run, score, k=4) for run in models]
-    for place in range(len(tables[0])):
-        numbers = [table["crosses"].iloc[place] for table in tables]
+    sums = [[read(run, score, k)[["own", "crossed"]].to_numpy() for k in range(1, 5)] for run in models]
+    for place in range(len(sums[0][0])):
+        each = [
+            np.diff([[0, 0], *(table[place] for table in tables)], axis=0) for tables in sums
+        ]  # of the four strongest
+        numbers = [tables[-1][place, 1] / tables[-1][place, 0] for tables in sums]
         said = crossing_cards(models, numbers, score).html
         for run, number in zip(models, numbers, strict=True):
             assert f"{number:.2f} with {size_label(run.parameters)}" in said
         asked = models[0].world.queries.take(models[0].scan(kind="translation").queries[[place]]).to_pylist()[0]
         assert f"{asked['prompt']} → {asked['completion']}" in said
-        assert said.count("of it to the translation") == 8  # four sequences in each of two models, none of the lowest
+        parts = sorted(f"{crossed / own:.2f}" for model in each for own, crossed in model)
+        assert sorted(re.findall(r"does (\S+) of it to the translation", said)) == parts
