@@ -479,12 +479,11 @@ def median_card(models: Sequence[Trained], rows: pandas.DataFrame, corpus: str) 
 
 def _held_card(run: Trained, query: int, caption: str) -> CardView:
     scores = run.scan().raw[query]
-    positive = np.sort(scores[scores > 0])[::-1]
-    hundredth = max(1, round(0.01 * len(scores)))
-    head = f"{run.parameters:,} weights: the strongest 1 % hold {positive[:hundredth].sum() / positive.sum():.0%}"
+    total = scores[scores > 0].sum()
+    head = f"{run.parameters:,} weights: the strongest 1 % hold {coverage(scores, 0.01)[0]:.0%}"
 
     def held(column: int) -> str:
-        return f"{scores[column] / positive.sum():.1%} of the positive influence" if scores[column] > 0 else ""
+        return f"{scores[column] / total:.1%} of the positive influence" if scores[column] > 0 else ""
 
     return run.card(query, k=3, lowest=0, title=head, labels=held, caption=caption)
 

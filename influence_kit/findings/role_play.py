@@ -37,7 +37,7 @@ from influence_kit.findings.trained import Trained, paired
 from influence_kit.measures.checkpoints import READ
 from influence_kit.measures.intervals import Estimate, gaps, over_seeds, pick
 from influence_kit.measures.lexical import bm25, target_counts
-from influence_kit.measures.lifts import auc, lift
+from influence_kit.measures.lifts import auc, lift, top_count
 
 if TYPE_CHECKING:
     import pandas
@@ -354,7 +354,7 @@ def _ranked(trained: Trained, query: int) -> tuple[np.ndarray, np.ndarray]:
 def in_the_top(trained: Trained, query: int, top: float) -> str:
     """How many of a query's strongest share `top` of a scan are of the kind that its world's answers come from, in a sentence."""
     ranked, source = _ranked(trained, query)
-    strongest = max(1, round(top * len(ranked)))
+    strongest = top_count(len(ranked), top)
     return (
         f"In the {WORLDS[trained.arm]} world {source[:strongest].sum()} of the {strongest} sequences that are the strongest {top:.0%} are what the answer "
         f"was learned from; by chance {strongest * source.mean():.1f}."

@@ -7,6 +7,7 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -359,7 +360,6 @@ def test_sequences_without_a_target_have_no_influence(tiny, tmp_path):
 
 
 def test_datasets_are_read_like_mappings(tiny, tmp_path):
-    datasets = pytest.importorskip("datasets")
     model, factors = tiny
     data = random_sequences(20)
     rows = datasets.Dataset.from_dict({name: tensor.tolist() for name, tensor in data.items()})

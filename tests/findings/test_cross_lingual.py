@@ -6,26 +6,9 @@ import numpy as np
 import pytest
 
 from influence_kit.corpora.worlds.atlas import Atlas, build
-from influence_kit.findings import families
 from influence_kit.findings.cross_lingual import crossing, crossing_cards, per_odds, read, strongest_sums
-from influence_kit.findings.profiles import PlantedGrid, load_profile
-from influence_kit.findings.trained import Trained
 from influence_kit.reading.style import size_label
-
-WORLD = {"entities": 12, "relations": 2, "values": 6, "documents": 600, "most_supporters": 200, "held_out": 20}
-WORLD |= {"canaries": 1, "repetitions": [1], "queries": 2, "alone": 3}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    sizes = [{"width": 8, "depth": 1}, {"width": 16, "depth": 1}]
-    family = {"sizes": sizes, "recipe": {"batch_size": 16, "warmup_steps": 2, "evaluations": 2}}
-    atlas = PlantedGrid(world=WORLD, family=family, scan={"fit": 60, "sequences": 90, "path": 90})
-    profile = load_profile("smoke", real_text=False).model_copy(update={"atlas": atlas})
-    patch = pytest.MonkeyPatch()
-    patch.setenv("INFLUENCE_KIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield [Trained(planned) for planned in families.planted_grid(profile, "atlas")]
-    patch.undo()
+from tests.findings.conftest import ATLAS
 
 
 def test_what_crosses_is_the_share_on_translations_of_the_strongest_in_the_questions_own_language():
@@ -47,7 +30,7 @@ def test_influence_on_log_odds_does_not_vanish_with_what_is_known():
 
 
 def test_a_fact_that_one_language_alone_states_is_asked_there_and_word_for_word_in_the_other():
-    world = build(Atlas(**WORLD))
+    world = build(Atlas(**ATLAS))
     table = world.queries.to_pandas()
     own, other = (table[table["kind"] == kind] for kind in ("alone", "translation"))
     assert len(own) == len(other) == 6 and own["fact"].tolist() == other["fact"].tolist()
@@ -57,17 +40,20 @@ def test_a_fact_that_one_language_alone_states_is_asked_there_and_word_for_word_
 
 
 @pytest.mark.parametrize("score", ["raw", "relatif"])
-def test_the_card_is_of_the_question_nearest_to_the_numbers_and_says_what_each_sequence_shown_crosses(models, score):
-    sums = [[read(run, score, k)[["own", "crossed"]].to_numpy() for k in range(1, 5)] for run in models]
+def test_the_card_is_of_the_question_nearest_to_the_numbers_and_says_what_each_sequence_shown_crosses(
+    atlas_models, score
+):
+    sums = [[read(run, score, k)[["own", "crossed"]].to_numpy() for k in range(1, 5)] for run in atlas_models]
     for place in range(len(sums[0][0])):
-        each = [
-            np.diff([[0, 0], *(table[place] for table in tables)], axis=0) for tables in sums
-        ]  # of the four strongest
+        # of each of the four strongest, in each model
+        each = [np.diff([[0, 0], *(table[place] for table in tables)], axis=0) for tables in sums]
         numbers = [tables[-1][place, 1] / tables[-1][place, 0] for tables in sums]
-        said = crossing_cards(models, numbers, score).html
-        for run, number in zip(models, numbers, strict=True):
+        said = crossing_cards(atlas_models, numbers, score).html
+        for run, number in zip(atlas_models, numbers, strict=True):
             assert f"{number:.2f} with {size_label(run.parameters)}" in said
-        asked = models[0].world.queries.take(models[0].scan(kind="translation").queries[[place]]).to_pylist()[0]
+        asked = (
+            atlas_models[0].world.queries.take(atlas_models[0].scan(kind="translation").queries[[place]]).to_pylist()[0]
+        )
         assert f"{asked['prompt']} → {asked['completion']}" in said
         parts = sorted(f"{crossed / own:.2f}" for model in each for own, crossed in model)
         assert sorted(re.findall(r"does (\S+) of it to the translation", said)) == parts

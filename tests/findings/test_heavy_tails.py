@@ -123,3 +123,14 @@ def test_refusals_name_the_value():
         tails.null_coverage("cauchy", [0.1], n=10)
     with pytest.raises(UserError, match="0"):
         tails.coverage(np.ones(5), [0])
+
+
+def test_the_card_says_what_the_table_says_of_its_query(atlas_models):
+    rows = tails.measured(atlas_models, [atlas_models[0].seed], top=10, tested=0, draws=2)
+    said = tails.median_card(atlas_models, rows, "Atlas").html
+    largest = tails.of(rows, "Atlas").set_index("query")
+    query = largest["strongest"].sort_values(kind="stable").index[(len(largest) - 1) // 2]
+    for run in atlas_models:
+        shown = tails.of(rows, "Atlas", parameters=run.parameters).set_index("query").loc[query]
+        assert f"{run.parameters:,} weights: the strongest 1 % hold {shown['top 1 %']:.0%}" in said
+        assert f"{shown['strongest']:.1%} of the positive influence" in said

@@ -10,11 +10,17 @@ from influence_kit.corpora.worlds.cast import Cast, build, tiers
 from influence_kit.errors import UserError
 from influence_kit.findings.role_play import (
     EFFECTS,
+    ON_CARD,
+    OWN,
+    RELATIONS,
+    WORLDS,
     averaged,
     beyond_rival,
+    card,
     changes,
     contrasts,
     costs,
+    in_the_top,
     interaction,
     matched_preference,
     predicted_removal,
@@ -22,6 +28,7 @@ from influence_kit.findings.role_play import (
     speaker_preference,
     word_overlap,
 )
+from influence_kit.measures.checkpoints import READ
 from influence_kit.measures.intervals import difference_in_differences, over_seeds
 from influence_kit.measures.lifts import lift
 from tests.corpora.texts.test_dialogue import PARAMETERS, lines
@@ -231,3 +238,21 @@ def test_shapes_that_do_not_fit_are_refused():
         matched_preference(scores, scores, scores, np.zeros((2, 4)), scores)
     with pytest.raises(UserError, match="neighbours=0"):
         matched_preference(scores, scores, scores, scores, scores, neighbours=0)
+
+
+def test_a_card_shows_what_counts_most_and_what_the_answer_was_learned_from_with_their_ranks(cast_models):
+    for run in cast_models:
+        scan = run.scan(READ)
+        name = OWN[WORLDS[run.arm]][1]
+        source = tiers(run.world, scan.rows)[name][scan.queries]
+        query = int(source.sum(1).argmax())
+        ranked = np.argsort(-scan.raw[query], kind="stable")
+        own = np.flatnonzero(source[query][ranked])
+        assert len(own) > 2 * ON_CARD
+        said = in_the_top(run, query, 0.2)
+        assert f"{sum(own < 100)} of the 100 sequences that are the strongest 20%" in said
+        assert f"by chance {len(own) / 5:.1f}" in said
+        shown = card(run, query).cards[0].top
+        assert [row.rank for row in shown[:ON_CARD]] == [1, 2]
+        assert len(shown) == 2 * ON_CARD and {row.rank - 1 for row in shown[ON_CARD:]} <= set(own.tolist())
+        assert [row.source == RELATIONS[name] for row in shown] == [row.rank - 1 in own for row in shown]
